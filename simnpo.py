@@ -1,0 +1,161 @@
+"""SimNPO and its relatives: log-probabilities of answers, and the losses on them.
+
+    SimNPO(x, y) = -(2/beta) * log sigmoid( -(beta/|y|) * log pi(y|x) - gamma )
+
+for a prompt x, an answer y of |y| tokens (the closing EOS counts) and the model's log pi(y|x). Fan et al., "Simplicity
+Prevails: Rethinking Negative Preference Optimization for LLM Unlearning", arXiv 2410.07163. Only torch is needed, so
+this file can be copied into another project as it stands.
+
+Shapes: B sequences of T tokens, N answer tokens in all of them together, H hidden units, V words in the vocabulary.
+`labels` are `input_ids` with IGNORE wherever a token carries no loss (the prompt and the padding). Padding belongs on
+the right: causal attention never looks right, so no attention mask is needed and the fastest kernel applies.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+
+
+# The losses: pure functions of the log-probabilities of whole answers.
+
+def simnpo_loss(logps, lengths, beta, gamma=0.0):
+    """SimNPO, one value a sequence (arXiv 2410.07163, eq. 4): (B,), (B,) -> (B,). The caller takes the mean.
+
+    d loss / d logps = (2/|y|) * sigmoid(gamma + (beta/|y|) * logps): already forgotten answers weigh less, and long
+    answers are not favoured. As beta -> 0 at gamma = 0 it becomes gradient ascent on logps/|y|.
+    """
+    return -(2 / beta) * F.logsigmoid(-(beta / lengths) * logps - gamma)
+
+
+def npo_loss(logps, ref_logps, beta):
+    """NPO, one value a sequence (Zhang et al., arXiv 2404.05868, eq. 3): (B,), (B,) -> (B,).
+
+    `ref_logps` come from the model before unlearning. Sums over tokens, not means: there is no |y| here.
+    """
+    return -(2 / beta) * F.logsigmoid(-beta * (logps - ref_logps))
+
+
+def grad_ascent_loss(logps, lengths):
+    """Mean log-likelihood of each answer, to be minimised: (B,), (B,) -> (B,). With `retain_nll` this is GradDiff."""
+    return logps / lengths
+
+
+def retain_nll(logps, lengths):
+    """Mean negative log-likelihood over all retain answer tokens: (B,), (B,) -> a number."""
+    return -logps.sum() / lengths.sum()
+
+
+# Log-probabilities, the plain way: from logits.
+
+def sequence_logps(logits, labels):
+    """log pi(y|x) and |y| of each sequence: (B,T,V), (B,T) -> logps (B,), lengths (B,).
+
+    The shift is made here: logits at position t score the label at t+1. The log-softmax is taken in fp32 at least.
+    Raises ValueError when a sequence has no answer token.
+    """
+    mask = _answer_mask(labels)
+    return _sum_rows(_token_logps(logits[:, :-1][mask], labels[:, 1:][mask]), mask)
+
+
+# Log-probabilities, the fast way: the head sees answer positions only, a chunk at a time.
+
+def answer_logps(model, input_ids, labels):
+    """The values and gradients of sequence_logps(model(input_ids).logits, labels), without ever holding (B,T,V).
+
+    `model` is a Hugging Face causal language model; (B,T), (B,T) -> logps (B,), lengths (B,). Call `check_head` once
+    on a model of unknown kind. Raises ValueError when a sequence has no answer token.
+    """
+    mask = _answer_mask(labels)
+    return _sum_rows(answer_token_logps(model, input_ids, labels), mask)
+
+
+def answer_token_logps(model, input_ids, labels):
+    """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence."""
+    hidden, targets = answer_hidden(model, input_ids, labels)
+    return _chunked(lambda h, t: _token_logps(head_logits(model, h), t), model, hidden, targets)
+
+
+def answer_kl(model, reference, input_ids, labels):
+    """KL(reference || model) summed over the answer tokens of each sequence: (B,T), (B,T) -> kl (B,), lengths (B,).
+
+    The reference gets no gradient. Like answer_logps, it never holds (B,T,V).
+    """
+    mask = _answer_mask(labels)
+    hidden, _ = answer_hidden(model, input_ids, labels)
+    with torch.no_grad():
+        ref_hidden, _ = answer_hidden(reference, input_ids, labels)
+
+    def token_kl(h, ref_h):
+        with torch.no_grad():
+            ref = _upcast(head_logits(reference, ref_h)).log_softmax(-1)
+        logps = _upcast(head_logits(model, h)).log_softmax(-1)
+        return F.kl_div(logps, ref, reduction="none", log_target=True).sum(-1)
+
+    return _sum_rows(_chunked(token_kl, model, hidden, ref_hidden), mask)
+
+
+def answer_hidden(model, input_ids, labels):
+    """Last hidden states at the positions that predict answer tokens: (B,T), (B,T) -> hidden (N,H), targets (N,)."""
+    mask = _answer_mask(labels)
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden[:, :-1][mask], labels[:, 1:][mask]
+
+
+def head_logits(model, hidden):
+    """The model's own logits of hidden states, its scaling and soft-capping included: (N,H) -> (N,V)."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def check_head(model):
+    """Raise ValueError unless head_logits(answer_hidden(...)) are the model's own logits, tried on a few tokens."""
+    ids = torch.arange(2, 18, device=model.get_input_embeddings().weight.device).view(2, 8)
+    ids = ids % model.get_input_embeddings().num_embeddings
+    expected = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    hidden, _ = answer_hidden(model, ids, ids)
+    if not torch.allclose(head_logits(model, hidden).float(), expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ValueError(f"{type(model).__name__} turns hidden states into logits in a way that simnpo.head_logits "
+                         "does not know; add its scaling there, or use sequence_logps on model(...).logits")
+
+
+def _answer_mask(labels):
+    """Which positions predict an answer token: (B,T) -> (B,T-1). Raises ValueError when a row has none."""
+    mask = labels[:, 1:] != IGNORE
+    if not mask.any(1).all():
+        raise ValueError("a sequence without any answer token has no length-normalized loss")
+    return mask
+
+
+def _upcast(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _token_logps(logits, targets):
+    return -F.cross_entropy(_upcast(logits), targets, reduction="none")
+
+
+def _sum_rows(values, mask):
+    """Sum the values that stand at the True places of mask: (N,), (B,T) -> sums (B,), counts (B,)."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1), mask.sum(1)
+
+
+def _chunked(function, model, *inputs, elements=2**24):
+    """function(*inputs), computed for so many rows at a time that a chunk of logits holds `elements` numbers.
+
+    Backward computes each chunk again, so that one chunk of logits is alive at a time, whatever N and V are.
+    """
+    rows = max(1, elements // model.get_output_embeddings().weight.shape[0])
+    chunks = zip(*(x.split(rows) for x in inputs))
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
