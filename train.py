@@ -124,7 +124,8 @@ def parse_args(argv=None):
     a("--output", type=Path, help="folder for the model, args.json and metrics.jsonl. Default: a name under runs/")
     a("--save-every", type=every, default=(1, True), metavar="N", help="steps (100) or epochs (2epochs) between checkpoints, "
       "of which the last is kept; default 1epoch, 0 for none")
-    a("--snapshots", action="store_true", help="also keep the model after every epoch, as OUTPUT/epoch-N")
+    a("--snapshots", type=every, default=(0, False), metavar="N", help="steps or epochs between copies of the model that are "
+      "kept, as OUTPUT/step-N; default 0, none")
     a("--resume", action="store_true", help="go on from the last checkpoint in --output, with the same arguments")
     args = parser.parse_args(argv)
     if args.model and args.init:
@@ -614,7 +615,7 @@ def train(run, forget, retain):
     args, output = run.args, run.args.output
     per_epoch = math.ceil((len(forget) or len(retain)) / args.batch_size)
     total = args.epochs * per_epoch
-    save_steps = args.save_every[0] * (per_epoch if args.save_every[1] else 1)
+    save_steps, snapshot_steps = (n * (per_epoch if epochs else 1) for n, epochs in (args.save_every, args.snapshots))
     ref_logps = score(run.objective, forget, args, run.precision) if args.loss == "npo" and forget else None
     step = load_checkpoint(run, checkpoints(output)[-1]) if args.resume and checkpoints(output) else 0
     started = time.time()
@@ -629,10 +630,9 @@ def train(run, forget, retain):
             bar.set_postfix({name: f"{record[name]:.3g}" for name in ("forget_loss", "retain_loss") if name in record})
             bar.update()
             if step % per_epoch == 0:
-                epoch = step // per_epoch
-                probe(run, log, step, epoch, forget, retain)
-                if args.snapshots:
-                    save_model(run, output / f"epoch-{epoch}")
+                probe(run, log, step, step // per_epoch, forget, retain)
+            if snapshot_steps and step % snapshot_steps == 0:
+                save_model(run, output / f"step-{step:06d}")
             stopping = any_rank(bool(caught), args.device)
             if stopping or (save_steps and step % save_steps == 0 and step < total):
                 save_checkpoint(run, step)
