@@ -309,6 +309,7 @@ def score(objective, examples, args, precision):
         logps[indices] += weight * values
     objective.train()
     if dist.is_initialized():
+        objective.reshard()  # without a backward, FSDP leaves the root's parameters gathered
         dist.all_reduce(logps)
     return logps
 

@@ -11,12 +11,18 @@ import difflib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+logging.set_verbosity_error()  # what matters is said once, by InputError
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
 
 IGNORE = -100
 SUFFIXES = (".jsonl", ".json", ".txt")
