@@ -298,11 +298,11 @@ def mean(values, split, field, transform=float):
     """Mean over a split; raises Undefined unless every record has the value."""
     records = values.get(split, [])
     if not records or any(field not in record for record in records):
-        raise Undefined(f"the file has no {field.replace('_', ' ')} of single {split.replace('_', ' ')} examples")
+        raise Undefined("its file does not hold this")
     lost = sum(record[field] is None for record in records)
     if lost:
-        raise Undefined(f"the model's output is not finite (NaN), or has no room in its context, in {lost} of "
-                        f"{len(records)} {split.replace('_', ' ')} examples")
+        raise Undefined(f"not finite (NaN), or no room in the model's context, for {lost} of {len(records)} "
+                        f"{split.replace('_', ' ')} examples")
     return math.fsum(transform(record[field]) for record in records) / len(records)
 
 
@@ -357,6 +357,8 @@ def attempt(function, *args):
 
 # MUSE
 
+MUSE_FILES = ("verbmem/forget", "knowmem/forget_qa", "knowmem/forget_qa_icl", "knowmem/retain_qa", "knowmem/retain_qa_icl",
+              "privleak/forget", "privleak/holdout")
 AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}  # published with the benchmark: forget against holdout, Min-40%
 
 
@@ -647,8 +649,10 @@ def tofu_columns(options):
     arguments = list(options.models)
     if options.forget and not options.reference and find(options.forget).resolve().parent == ROOT / "data":
         target, options.reference = make_builtin(find(options.forget))
-        arguments.insert(0, target)
-    arguments = unique([*arguments[:1], options.reference, *arguments[1:]] if options.reference else arguments)
+        arguments = [target, options.reference, *arguments]
+    elif options.reference:
+        arguments = [options.reference, *arguments]
+    arguments = unique(arguments)
     entries = {argument: entry_of(argument, key, settings, compute, options) for argument in arguments}
     reference = entries[options.reference]["values"] if options.reference else None
     return {name: tofu_metrics(entry["values"], reference) for name, entry in zip(labels(arguments), entries.values())}

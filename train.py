@@ -113,7 +113,7 @@ def parse_args(argv=None):
     a("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm, default 1")
     a("--seed", type=number(int, low=0), default=0, help="of the data order (and of --init), default 0")
     a = parser.add_argument_group("speed and memory (none changes the result but for rounding)").add_argument
-    a("--max-tokens", type=number(int, low=1), help="padded tokens in a micro-batch. Default: 16384 on a GPU, 2048 on a CPU")
+    a("--max-tokens", type=number(int, low=1), help="padded tokens in a micro-batch. Default: 16384 on a GPU, 1024 on a CPU")
     a("--dtype", choices=list(DTYPES), help="of matrix products; master weights stay fp32. Default: bf16 on GPUs that "
       "have it, else fp16; fp32 on a CPU")
     a("--bf16-weights", action="store_true", help="keep weights, gradients and moments in bf16, stochastically rounded: "
@@ -577,7 +577,7 @@ def start_device(args):
     cuda = torch.cuda.is_available()
     args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     args.dtype = args.dtype or ("fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    args.max_tokens = args.max_tokens or (16384 if cuda else 2048)
+    args.max_tokens = args.max_tokens or (16384 if cuda else 1024)
     if args.bf16_weights and args.dtype == "fp16":
         raise InputError("--bf16-weights does not go with --dtype fp16")
     if cuda:

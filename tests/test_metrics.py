@@ -1,0 +1,231 @@
+"""eval.py's metrics against scipy, rouge-score, scikit-learn, NLTK, exact fractions and the official logs."""
+
+import itertools
+import json
+import math
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import hmean, ks_2samp
+from sklearn.metrics import roc_auc_score
+
+import eval as evaluation
+from data.porter import stem
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "tofu_logs").is_dir(),
+                                  reason="the real TOFU files and logs are not beside this checkout (../shared)")
+SCORERS = {stemming: RougeScorer(["rougeL"], use_stemmer=stemming) for stemming in (False, True)}
+SUFFIXES = """ational tional enci anci izer bli alli entli eli ousli ization ation ator alism iveness fulness ousness
+aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al ance ence er ic able ible ant ement ment ent ion
+ou ism ate iti ous ive ize eed ed ied ies s ss sses ing y e ll at bl iz""".split()
+
+
+def same_rouge(prediction, reference):
+    for stemming, scorer in SCORERS.items():
+        want = scorer.score(reference, prediction)["rougeL"]
+        got = evaluation.rouge_l(prediction, reference, stem=stemming)
+        assert got == pytest.approx((want.precision, want.recall, want.fmeasure), abs=1e-12), (prediction, reference)
+
+
+def log(name):
+    return json.loads((SHARED / "tofu_logs" / f"{name}.json").read_text())
+
+
+# ROUGE-L and the stemmer
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_rouge_of_any_unicode(prediction, reference):
+    same_rouge(prediction, reference)
+
+
+@settings(max_examples=300, deadline=None)
+@given(*[st.lists(st.sampled_from("the running runs 12 1984 cats cat's, Güterzug\n İ generalization".split(" ")), max_size=90)
+         .map(" ".join)] * 2)
+def test_rouge_of_texts_with_words_in_common(prediction, reference):
+    same_rouge(prediction, reference)
+
+
+def test_rouge_by_hand():
+    assert evaluation.rouge_l("a c d", "a b c d", stem=False) == pytest.approx((1, 3 / 4, 6 / 7))
+    assert evaluation.rouge_l("", "a b", stem=True) == evaluation.rouge_l("a", "?!", stem=True) == (0, 0, 0)
+
+
+@needs_shared
+def test_rouge_of_every_pair_in_the_logs():
+    pairs = 0
+    for path in sorted((SHARED / "tofu_logs").glob("*.json")):
+        for part in json.loads(path.read_text()).values():
+            texts = part["generated_text"]
+            for _, generated, answer in texts.values() if isinstance(texts, dict) else texts:
+                same_rouge(generated, answer)
+                pairs += 1
+    assert pairs == 817 + 817 + 557
+
+
+def test_stemmer_on_made_up_words():
+    rng, reference = random.Random(0), PorterStemmer()
+    words = set("sky skies dying news innings howe proceed exceed succeed yyyy y a is flies dies died".split())
+    for _ in range(20000):
+        head = "".join(rng.choice("aeiouybclstzwx") for _ in range(rng.randint(0, 6)))
+        words.add(head + "".join(rng.choices(SUFFIXES, k=rng.randint(0, 2))))
+    assert {w: stem(w) for w in words} == {w: reference.stem(w) for w in words}
+
+
+@needs_shared
+def test_stemmer_on_every_word_of_tofu():
+    words, reference = set(), PorterStemmer()
+    for path in [*(SHARED / "tofu").iterdir(), *(SHARED / "tofu_logs").iterdir()]:
+        words |= set(re.findall("[a-z0-9]+", path.read_text(encoding="utf-8").lower()))
+    assert len(words) > 10000
+    assert {w: stem(w) for w in words} == {w: reference.stem(w) for w in words}
+
+
+# Kolmogorov-Smirnov
+
+def ks_by_enumeration(a, b):
+    """p-value as a fraction, from all ways to divide the pooled ranks among the two samples."""
+    m, n = len(a), len(b)
+
+    def distance(chosen):
+        at_a = at_b = worst = 0
+        for i in range(m + n):
+            at_a, at_b = (at_a + 1, at_b) if i in chosen else (at_a, at_b + 1)
+            worst = max(worst, abs(Fraction(at_a, m) - Fraction(at_b, n)))
+        return worst
+
+    pooled = sorted([*a, *b])
+    observed = distance({pooled.index(x) for x in a})
+    every = [distance(set(c)) for c in itertools.combinations(range(m + n), m)]
+    return observed, Fraction(sum(d >= observed for d in every), len(every))
+
+
+@pytest.mark.parametrize("m,n", [(1, 1), (1, 5), (3, 3), (4, 6), (5, 4), (6, 7), (2, 9)])
+def test_ks_against_enumeration(m, n):
+    rng = random.Random(m * 100 + n)
+    for _ in range(8):
+        a, b = [rng.random() for _ in range(m)], [rng.random() + rng.random() for _ in range(n)]
+        d, p = ks_by_enumeration(a, b)
+        assert evaluation.ks_two_sample(a, b) == (float(d), float(p))
+
+
+@pytest.mark.parametrize("m,n", [(10, 10), (300, 300), (40, 300), (299, 301), (200, 400), (7, 1000)])
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.5, 1.0])
+def test_ks_against_scipy(m, n, shift):
+    rng = random.Random(f"{m} {n} {shift}")
+    a, b = [rng.gauss(0, 1) for _ in range(m)], [rng.gauss(shift, 1) for _ in range(n)]
+    want = ks_2samp(a, b, method="exact")
+    d, p = evaluation.ks_two_sample(a, b)
+    assert d == pytest.approx(want.statistic, rel=1e-9)
+    assert p == pytest.approx(want.pvalue, rel=1e-9)
+
+
+def test_ks_with_ties_against_scipy():
+    rng = random.Random(5)
+    for _ in range(20):
+        a, b = [rng.randint(0, 9) for _ in range(60)], [rng.randint(2, 11) for _ in range(45)]
+        want = ks_2samp(a, b, method="exact")
+        assert evaluation.ks_two_sample(a, b) == pytest.approx((want.statistic, want.pvalue), rel=1e-9)
+
+
+def test_ks_far_in_the_tail():
+    """Disjoint samples: two paths of all. And one crossing: the outer paths counted by the reflection principle."""
+    for m, n in ((300, 300), (250, 400), (400, 173)):
+        want = Fraction(2, math.comb(m + n, n))
+        d, p = evaluation.ks_two_sample(range(m), range(1000, 1000 + n))
+        assert d == 1 and p == pytest.approx(float(want), rel=1e-15)
+    n, gap = 300, 280  # equal sizes: paths that reach +-gap, by repeated reflection
+    outside = 2 * sum((-1) ** (k - 1) * math.comb(2 * n, n + k * gap) for k in range(1, n // gap + 1))
+    want = Fraction(outside, math.comb(2 * n, n))
+    d, p = evaluation.ks_two_sample(range(n), range(gap, gap + n))
+    assert want < Fraction(1, 10**120) and d == gap / n and p == pytest.approx(float(want), rel=1e-15)
+
+
+def test_ks_of_equal_samples_and_of_nothing():
+    assert evaluation.ks_two_sample(torch.tensor([1.0, 2.0]), [2, 1]) == (0, 1)
+    assert evaluation.forget_quality([1, 2, 3], [1, 2, 3]) == 1
+    for bad in ([], [math.nan]):
+        with pytest.raises(ValueError):
+            evaluation.ks_two_sample(bad, [1.0])
+
+
+# The others
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=40), st.lists(st.integers(-5, 5), min_size=1, max_size=40))
+def test_auroc_with_ties_against_sklearn(positives, negatives):
+    want = roc_auc_score([1] * len(positives) + [0] * len(negatives), positives + negatives)
+    assert evaluation.auroc(positives, negatives) == pytest.approx(want, abs=1e-12)
+
+
+def test_truth_ratio():
+    want = math.exp(-2.0) / math.sqrt(math.exp(-1.0) * math.exp(-4.0))  # true p over the geometric mean of the false
+    assert evaluation.truth_ratio(2.0, torch.tensor([1.0, 4.0])) == pytest.approx(want)
+    assert evaluation.truth_ratio(0.0, [5000.0]) == math.inf
+    assert evaluation.closeness(math.inf) == evaluation.closeness(0.0) == evaluation.preference(0.0) == 0
+    assert evaluation.closeness(4.0) == evaluation.closeness(0.25) == 0.25 and evaluation.preference(4.0) == 0.75
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(1e-6, 1), min_size=9, max_size=9))
+def test_model_utility_is_the_harmonic_mean(parts):
+    assert evaluation.model_utility(parts) == pytest.approx(hmean(parts), rel=1e-12)
+    assert evaluation.model_utility([0.0, *parts[1:]]) == 0
+
+
+@pytest.mark.parametrize("right,strength,share", [
+    ("111", 1, 1), ("000", 0, 0), ("001", 1 / 3, 1 / 3), ("110", 0, 2 / 3), ("1011", 1 / 2, 3 / 4), ("1", 1, 1)])
+def test_memorization_by_hand(right, strength, share):
+    right = [c == "1" for c in right]
+    assert evaluation.extraction_strength(right) == pytest.approx(strength)
+    assert evaluation.exact_memorization(torch.tensor(right)) == pytest.approx(share)
+
+
+def test_min_k():
+    assert evaluation.min_k([-5, -1, -2, -4, -3]) == 4.5  # the two lowest of five
+    assert math.isnan(evaluation.min_k([-1, -2]))  # 40% of two tokens is none
+
+
+def test_probability_among_options():
+    values = evaluation.tofu_values("world_facts", 1.0, 1.0, [2.0, 3.0])
+    assert values["probability"] == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2) + math.exp(-3)))
+    assert evaluation.tofu_values("retain", 1.0, 1.0, [2.0])["probability"] == pytest.approx(math.exp(-1))
+    assert evaluation.tofu_values("world_facts", 2000.0, 2000.0, [2000.0])["probability"] == pytest.approx(0.5)
+    assert evaluation.tofu_values("forget", math.nan, 1.0, [2.0])["probability"] is None
+
+
+# The official logs
+
+@needs_shared
+@pytest.mark.parametrize("name,utility", [("llama2-7b_full", "0.622677"), ("llama2-7b_retain90", "0.613745"),
+                                          ("llama2-7b_retain99_lists", "0.622015")])
+def test_utility_of_official_logs(name, utility):
+    metrics = evaluation.tofu_metrics(evaluation.official_values(name, log(name)), None)
+    assert f"{metrics['model utility']:.6f}" == utility
+    assert "needs a retain-only model" in metrics["forget quality (KS p)"]
+
+
+@needs_shared
+def test_forget_quality_of_official_logs():
+    full, retain = (evaluation.official_values(name, log(name)) for name in ("llama2-7b_full", "llama2-7b_retain90"))
+    metrics = evaluation.tofu_metrics(full, retain)
+    assert f"{metrics['forget quality (KS D)']:.6f}" == "0.396667"
+    assert f"{metrics['forget quality (KS p)']:.6e}" == "1.834066e-21"
+
+
+@needs_shared
+def test_official_logs_as_arguments(capsys):
+    logs = [str(SHARED / "tofu_logs" / f"llama2-7b_{name}.json") for name in ("full", "retain90")]
+    assert evaluation.main([logs[0], "--reference", logs[1], "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "0.622677" in out and "1.834066e-21" in out and "0.396667" in out
+    assert re.search(r"\| forget exact memorization *\| *- \[1\]", out) and "[1] its file does not hold this" in out
