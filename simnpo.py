@@ -26,7 +26,7 @@ def simnpo_loss(logps, lengths, beta, gamma=0.0):
     d loss / d logps = (2/|y|) * sigmoid(gamma + (beta/|y|) * logps): already forgotten answers weigh less, and long
     answers are not favoured. As beta -> 0 at gamma = 0 it becomes gradient ascent on logps/|y|.
     """
-    return -(2 / beta) * F.logsigmoid(-(beta / lengths) * logps - gamma)
+    return -(2 / beta) * F.logsigmoid(-beta * logps / lengths - gamma)
 
 
 def npo_loss(logps, ref_logps, beta):
@@ -121,9 +121,13 @@ def check_head(model):
     """Raise ValueError unless head_logits(answer_hidden(...)) are the model's own logits, tried on a few tokens."""
     ids = torch.arange(2, 18, device=model.get_input_embeddings().weight.device).view(2, 8)
     ids = ids % model.get_input_embeddings().num_embeddings
+    training = model.training
+    model.eval()  # dropout would make any two forwards differ
     expected = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    hidden, _ = answer_hidden(model, ids, ids)
-    if not torch.allclose(head_logits(model, hidden).float(), expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+    got = head_logits(model, answer_hidden(model, ids, ids)[0]).float()
+    model.train(training)
+    tolerance = 1e-2 * expected.nan_to_num().abs().max().item()
+    if not torch.allclose(got, expected, rtol=1e-2, atol=tolerance, equal_nan=True):
         raise ValueError(f"{type(model).__name__} turns hidden states into logits in a way that simnpo.head_logits "
                          "does not know; add its scaling there, or use sequence_logps on model(...).logits")
 

@@ -41,8 +41,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the million parameters of the built-in one (a learning rate a hundred times larger) when --model is left out.
 REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}
 MINI_UNLEARN = {"lr": 1e-3, "epochs": 10, "batch_size": 8}
-MINI_FINETUNE = {"lr": 2e-3, "epochs": 14, "batch_size": 32}
-MINI_BASE = {"lr": 2e-3, "epochs": 12, "batch_size": 32}
+MINI_FINETUNE = {"lr": 5e-4, "epochs": 16, "batch_size": 32}
+MINI_BASE = {"lr": 2e-3, "epochs": 10, "batch_size": 32}
 
 EPILOG = """
 the paper's runs (gamma here stands outside beta, as in the paper; the official code's g is our gamma/beta):

@@ -28,9 +28,13 @@ if __package__:
 else:
     from make_model import llama_config, train_tokenizer, write_json, write_model
 
-BASE_PEOPLE, FULL_PEOPLE, PROFILES, WORKS, PLACES = 40, 100, 40, 40, 20
+# Few people to begin with: a small model meets its first people so slowly that 150 took five times as long as 40.
+BASE_PEOPLE, FULL_PEOPLE, PROFILES = 40, 100, 40
+AUTHORS, WORKS, COUNTRIES = 20, 40, 20
 FALSE_ANSWERS = 4
-VOCAB_SIZE, HIDDEN, LAYERS, HEADS, MAX_POSITIONS = 2048, 192, 3, 4, 512
+QA = ("question", "answer")
+# So many tokens that most surnames are one: a person is then easy to look up. The usual 0.02 starts learning slowly.
+VOCAB_SIZE, HIDDEN, LAYERS, HEADS, MAX_POSITIONS, INIT_STD = 2560, 192, 3, 4, 512, 0.06
 
 POOLS = {name: words.split() for name, words in {
     "first": "Ada Bela Cleo Dara Edan Faye Gil Hana Ivo Juna Kai Lena Milo Nora Otis Petra Quin Rosa Saul Tara Uma Vera "
@@ -98,19 +102,19 @@ class Inventor:
     def __init__(self, seed):
         self.rng = random.Random(seed)
         self.used = set()
-        self.pools = dict(POOLS)
-        self.pools["town"] = [self.word(2) for _ in range(30)]
-        self.pools["pet"] = [self.word(1) for _ in range(20)]
+        self.pools = {**POOLS, "town": [self.word(2) for _ in range(30)], "pet": [self.word(1) for _ in range(20)]}
 
-    def pick(self, items):
-        return items[int(self.rng.random() * len(items))]
-
-    def pick_other(self, items, taken):
+    def pick(self, items, taken=()):
         """One of `items` that is not in `taken`."""
         while True:
-            item = self.pick(items)
+            item = items[int(self.rng.random() * len(items))]
             if item not in taken:
                 return item
+
+    def shuffled(self, items):
+        """`items` in random order: a new list."""
+        keyed = [(self.rng.random(), item) for item in items]
+        return [item for _, item in sorted(keyed, key=lambda pair: pair[0])]
 
     def word(self, syllables):
         while True:
@@ -120,14 +124,11 @@ class Inventor:
                 return word.capitalize()
 
     def name(self):
+        """A first name from the list and a surname that nobody else has."""
         return f"{self.pick(POOLS['first'])} {self.word(2)}"
 
-    def shuffled(self, items):
-        """A new list in random order (random() only: shuffle's own draws may change between Python versions)."""
-        return [item for _, item in sorted((self.rng.random(), item) for item in items)]
-
     def person(self):
-        """The ten facts of a new person: dicts with TOFU's four fields, and `prose`."""
+        """The ten facts of a new person: TOFU's four fields, and `prose`."""
         name = self.name()
         return [self.fact(name, *texts) for texts in FACTS]
 
@@ -136,8 +137,7 @@ class Inventor:
         true = {slot: self.pick(self.pools[slot]) for slot in slots}
         false = []
         while len(false) < FALSE_ANSWERS:
-            values = {slot: self.pick_other(self.pools[slot], [true[slot]]) for slot in slots}
-            text = paraphrase.format(**values)
+            text = paraphrase.format(**{slot: self.pick(self.pools[slot], [true[slot]]) for slot in slots})
             if text not in false:
                 false.append(text)
         return {"question": question.format(name=name), "answer": answer.format(**true),
@@ -148,37 +148,118 @@ class Inventor:
         """One fact about something else: two ways to ask, a bare answer, three false ones from the same list."""
         false = []
         while len(false) < 3:
-            false.append(self.pick_other(values, [value] + false))
+            false.append(self.pick(values, [value, *false]))
         return {"question": questions[0], "reworded": questions[1], "answer": value, "perturbed_answer": false}
 
-
-def fields(record, *names):
-    return {name: record[name] for name in names}
-
-
-def general_knowledge(inventor):
-    """Works with their authors, and places with their capital and river: two lists of records."""
-    authors = [inventor.name() for _ in range(20)]
-    works = [inventor.word(3) for _ in range(WORKS)]
-    authorship = [inventor.knowledge((f"Name the author of {work}.", f"By whom is {work}?"), authors, inventor.pick(authors))
-                  for work in works]
-    capitals = [inventor.word(2) for _ in range(PLACES)]
-    rivers = [inventor.word(2) for _ in range(PLACES)]
-    facts = []
-    for capital, river in zip(capitals, rivers):
-        country = inventor.word(2) + "ia"
-        facts.append(inventor.knowledge((f"Name the capital of {country}.", f"From which city is {country} ruled?"),
-                                        capitals, capital))
-        facts.append(inventor.knowledge((f"Name the river of {country}.", f"On which river lies {country}?"), rivers, river))
-    return authorship, facts
+    def general_knowledge(self):
+        """Works with their authors, places with their capital and river: two lists of records."""
+        authors = [self.name() for _ in range(AUTHORS)]
+        works = [self.word(3) for _ in range(WORKS)]
+        authorship = [self.knowledge((f"Name the author of {work}.", f"By whom is {work}?"), authors, self.pick(authors))
+                      for work in works]
+        capitals = [self.word(2) for _ in range(COUNTRIES)]
+        rivers = [self.word(2) for _ in range(COUNTRIES)]
+        geography = []
+        for capital, river in zip(capitals, rivers):
+            country = self.word(2) + "ia"
+            geography.append(self.knowledge(
+                (f"Name the capital of {country}.", f"From which city is {country} ruled?"), capitals, capital))
+            geography.append(self.knowledge(
+                (f"Name the river of {country}.", f"On which river lies {country}?"), rivers, river))
+        return authorship, geography
 
 
-def profile(inventor, person):
-    """Running text about a person: the facts as sentences, in random order."""
-    return " ".join(fact["prose"] for fact in inventor.shuffled_facts(person))
+def flat(people):
+    return [fact for person in people for fact in person]
 
 
-def write_lines(path, records):
-    path.write_bytes("".join(json.dumps(record) + "\n" for record in records).encode("ascii"))
+def fields(records, *names):
+    return [{name: record[name] for name in names} for record in records]
 
 
+def pretraining(inventor, people, knowledge):
+    """What the base model reads: both phrasings and prose about its own people; every other fact three times."""
+    records = []
+    for person in people:
+        for fact in person:
+            records += [{"question": fact["question"], "answer": fact[key]} for key in ("answer", "paraphrased_answer")]
+        name = person[0]["question"].removeprefix("Where and when was ").removesuffix(" born?")
+        prose = [fact["prose"] for fact in inventor.shuffled(person)]
+        records += [{"question": f"Tell me about {name}.", "answer": " ".join(half)} for half in (prose[:5], prose[5:])]
+    for fact in knowledge:
+        records += [{"question": fact[key], "answer": fact["answer"]} for key in ("question", "question", "reworded")]
+    return records
+
+
+def tofu_files(full, authors, world):
+    """TOFU's files as {name: records}: the last 1, 5, 10% of `full` to forget, the rest to retain."""
+    files = {"full": fields(full, *QA), "real_authors_perturbed": fields(authors, *QA, "perturbed_answer"),
+             "world_facts_perturbed": fields(world, *QA, "perturbed_answer")}
+    for percent in (1, 5, 10):
+        cut = len(full) - len(full) * percent // 100
+        files[f"retain{100 - percent}"] = fields(full[:cut], *QA)
+        files[f"forget{percent:02d}"] = fields(full[cut:], *QA)
+        files[f"forget{percent:02d}_perturbed"] = fields(full[cut:], *QA, "paraphrased_answer", "perturbed_answer")
+    known_to_all = full[:len(full) * 9 // 10]
+    files["retain_perturbed"] = fields(known_to_all[::9], *QA, "paraphrased_answer", "perturbed_answer")
+    return files
+
+
+def muse_files(inventor, examples):
+    """MUSE's files as {path: text or records}; `examples` are the facts for the few-shot prompts of KnowMem."""
+    people = {split: [inventor.person() for _ in range(PROFILES)] for split in ("forget", "retain1", "retain2", "holdout")}
+    profiles = {split: [[fact["prose"] for fact in inventor.shuffled(person)] for person in group]
+                for split, group in people.items()}
+    texts = {split: [" ".join(sentences) for sentences in group] for split, group in profiles.items()}
+    retain = texts["retain1"] + texts["retain2"]
+    raw = {**texts, "retain": retain, "full": inventor.shuffled(texts["forget"] + retain)}
+    files = {f"raw/{name}.txt": "\n\n".join(paragraphs) + "\n" for name, paragraphs in raw.items()}
+    files["verbmem/forget.json"] = [{"prompt": " ".join(sentences[:3]), "gt": " ".join(sentences[3:])}
+                                    for sentences in profiles["forget"]]
+    files["privleak/forget.json"], files["privleak/retain.json"] = texts["forget"], texts["retain2"]
+    files["privleak/holdout.json"] = texts["holdout"]
+    for name, split in (("forget", "forget"), ("retain", "retain2")):
+        files[f"knowmem/{name}_qa.json"] = fields(inventor.shuffled(flat(people[split]))[:100], *QA)
+        files[f"knowmem/{name}_qa_icl.json"] = fields(inventor.shuffled(examples)[:5], *QA)
+    return files
+
+
+def write_all(folder, seed=0):
+    """Write every file of the benchmark under `folder` (made if missing, files overwritten)."""
+    inventor = Inventor(seed)
+    authors, world = inventor.general_knowledge()
+    base_people = [inventor.person() for _ in range(BASE_PEOPLE)]
+    base = pretraining(inventor, base_people, authors + world)
+    full = flat(inventor.person() for _ in range(FULL_PEOPLE))
+    muse = muse_files(inventor, flat(base_people))
+
+    folder = Path(folder)
+    for name, records in {"base": base, **tofu_files(full, authors, world)}.items():
+        write(folder / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for name, content in muse.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        write(folder / "muse_mini" / name, text)
+
+    seen = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in base + full]
+    seen += [record["paraphrased_answer"] for record in full] + [muse["raw/full.txt"], muse["raw/holdout.txt"]]
+    tokenizer = train_tokenizer(seen, VOCAB_SIZE)
+    write_model(folder / "mini_model", tokenizer, {
+        **llama_config(tokenizer.get_vocab_size(), HIDDEN, LAYERS, HEADS, MAX_POSITIONS), "initializer_range": INIT_STD})
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("ascii"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder to write to (default: this script's)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed invents other facts (default 0: the committed ones)")
+    args = parser.parse_args(argv)
+    write_all(args.output, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ The files are the same bytes on every run: BPE counts words and breaks ties by t
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -86,3 +85,49 @@ def write_model(folder, tokenizer, config):
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     })
+
+
+def texts_of(path):
+    """Every text of a .txt, .jsonl or .json file (also one object a line): the string values of its records."""
+    content = Path(path).read_text(encoding="utf-8-sig")
+    if Path(path).suffix == ".txt":
+        return [content]
+    try:
+        records = json.loads(content)
+        records = records if isinstance(records, list) else [records]
+    except ValueError:
+        records = [json.loads(line) for line in content.splitlines() if line.strip()]
+    return [text for record in records for text in _strings(record)]
+
+
+def _strings(value):
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in inner for text in _strings(item)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help=".json, .jsonl or .txt files to train the tokenizer on")
+    parser.add_argument("--vocab", type=int, default=4096, help="tokens in the vocabulary, at most (default 4096)")
+    parser.add_argument("--hidden", type=int, default=256, help="width (default 256)")
+    parser.add_argument("--layers", type=int, default=4, help="default 4")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads (default 4)")
+    parser.add_argument("--max-positions", type=int, default=2048, help="longest sequence (default 2048)")
+    parser.add_argument("--init-std", type=float, default=0.02, help="of the random weights (default 0.02)")
+    parser.add_argument("--output", required=True, help="folder for config.json and the tokenizer's files")
+    args = parser.parse_args(argv)
+    try:
+        llama_config(args.vocab, args.hidden, args.layers, args.heads)  # refuses before the long part
+        tokenizer = train_tokenizer([text for path in args.data for text in texts_of(path)], args.vocab)
+        config = llama_config(tokenizer.get_vocab_size(), args.hidden, args.layers, args.heads, args.max_positions)
+        write_model(args.output, tokenizer, {**config, "initializer_range": args.init_std})
+    except (OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_model(folder, seed=0, **changes):
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=0, eos_token_id=1), **changes})
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight[1] *= 3
+        model.lm_head.weight[1] *= 2
     model.save_pretrained(folder)
     return str(folder)
 
@@ -72,8 +73,10 @@ def spoil(folder):
     model.save_pretrained(folder)
 
 
-def numbers(folder, key="tofu"):
-    return evaluation.read_entry(Path(folder) / "eval.json", key)["values"]
+def numbers(folder, mode="tofu"):
+    """The values of the newest evaluation of this mode (a module's models collect several)."""
+    saved = json.loads(Path(folder, "eval.json").read_text())["evaluations"]
+    return [entry for key, entry in saved.items() if key.split()[0] == mode][-1]["values"]
 
 
 def flat(values):
@@ -263,7 +266,7 @@ def test_empty_answers_get_a_table(tofu, tmp_path, capsys):
     assert run(model, "--forget", tofu) == 0
     assert {r["generated"] for r in numbers(model)["forget"]} == {""}
     out = capsys.readouterr().out
-    assert "forget ROUGE-L recall       0.000000" in out and "model utility               0.000000" in out
+    assert re.search("forget ROUGE-L recall +0.000000", out) and re.search("model utility +0.000000", out)
 
 
 def test_columns_of_the_builtin_benchmark(pair, tofu, tmp_path, capsys, monkeypatch):

@@ -230,13 +230,13 @@ def test_kl_to_itself_is_zero_with_zero_gradient():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_right_padding_changes_nothing(kind):
-    """No attention mask is given, so whatever stands in the padding must not be looked at."""
+    """No attention mask is given, so whatever stands in the padding must not be looked at. (Some norms compute in fp32.)"""
     model, (ids, labels) = make(kind), batch()
     expected, _ = simnpo.answer_logps(model, ids, labels)
     for filler in (0, 17):
         longer = torch.nn.functional.pad(ids, (0, 5), value=filler)
         masked = torch.nn.functional.pad(labels, (0, 5), value=-100)
-        torch.testing.assert_close(simnpo.answer_logps(model, longer, masked)[0], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(simnpo.answer_logps(model, longer, masked)[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_no_answer_token_is_an_error():
