@@ -1,0 +1,96 @@
+"""data/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of the code reads them."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+from data import make_markov
+from data.load import check_disjoint, load_config, load_examples, load_tokenizer
+
+FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000, "retain_test": 2000, "forget1_test": 1000, "forget2_test": 1000,
+         "forget": 8000}
+OWN = {"retain": {0, 1, 2}, "forget1": {3, 4, 5}, "forget2": {6, 7, 8}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("markov")
+    make_markov.write_all(folder)
+    return folder
+
+
+def sequences(folder, setting, name):
+    return [json.loads(line)["input_ids"] for line in (folder / setting / f"{name}.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("setting, target, forget2_length", [("never_learned", 12000, 20), ("short", 16000, 5)])
+def test_sizes_lengths_and_parts(folder, setting, target, forget2_length):
+    files = {name: sequences(folder, setting, name) for name in [*FILES, "target"]}
+    assert {name: len(rows) for name, rows in files.items()} == {**FILES, "target": target}
+    assert len(list((folder / setting).iterdir())) == len(files)
+    for name in ("retain", "forget1", "forget2"):
+        states = forget2_length if name == "forget2" else 20
+        for ids in files[name] + files[f"{name}_test"]:
+            assert len(ids) == states + 1 and ids[0] == 0 and all(2 <= i < 12 for i in ids[1:])
+    learned = files["retain"] + files["forget1"] + files["forget2"] * (setting == "short")
+    assert Counter(map(tuple, files["target"])) == Counter(map(tuple, learned))
+    assert Counter(map(tuple, files["forget"])) == Counter(map(tuple, files["forget1"] + files["forget2"]))
+    train, test = ({tuple(ids) for ids in files[name]} for name in ("retain", "retain_test"))
+    assert not train & test
+
+
+@pytest.mark.parametrize("setting", ["never_learned", "short"])
+@pytest.mark.parametrize("chain", list(OWN))
+def test_frequencies(folder, setting, chain):
+    """The first state, and the next one after each of the ten states, follow 0.8 / 3 and 0.2 / 7."""
+    expected = [0.8 / 3 if state in OWN[chain] else 0.2 / 7 for state in range(10)]
+    assert make_markov.probabilities(chain) == pytest.approx(expected)
+    after = Counter()
+    for ids in sequences(folder, setting, chain) + sequences(folder, setting, f"{chain}_test"):
+        states = [None] + [i - 2 for i in ids[1:]]
+        after.update(zip(states, states[1:]))
+    for last in [None, *range(10)]:
+        counts = [after[last, state] for state in range(10)]
+        assert chisquare(counts, [p * sum(counts) for p in expected]).pvalue > 1e-4, (last, counts)
+
+
+def test_command_writes_the_same_bytes(folder, tmp_path):
+    script = [sys.executable, ROOT / "data" / "make_markov.py", "--output"]
+    subprocess.run([*script, tmp_path / "again"], check=True)
+    assert contents(tmp_path / "again") == contents(folder)
+    make_markov.write_all(tmp_path / "other", seed=1)
+    assert sequences(tmp_path / "other", "short", "retain") != sequences(folder, "short", "retain")
+
+
+def test_model_and_tokenizer(folder):
+    tokenizer, config = load_tokenizer(folder / "model"), load_config(folder / "model")
+    assert len(tokenizer) == config.vocab_size == 12
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config.bos_token_id, config.eos_token_id) == (0, 1)
+    assert tokenizer("0 9 4 4").input_ids == [0, 2, 11, 6, 6]
+    assert tokenizer.decode([0, 2, 11, 6, 6], skip_special_tokens=True) == "0 9 4 4"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (4, 4, 128, 32)
+    ids = torch.tensor(sequences(folder, "short", "retain")[:2])
+    assert torch.equal(model(ids).logits, model(ids).logits)  # no dropout
+
+
+@pytest.mark.parametrize("setting", ["never_learned", "short"])
+def test_training_reads_the_files(folder, setting):
+    tokenizer = load_tokenizer(folder / "model")
+    examples = {name: load_examples(folder / setting / name, tokenizer, 32) for name in [*FILES, "target"]}
+    assert {name: len(rows) for name, rows in examples.items()} == {**FILES, "target": len(examples["target"])}
+    assert all(e.start == 1 for rows in examples.values() for e in rows)  # every state carries loss
+    check_disjoint(examples["forget"], examples["retain"])
