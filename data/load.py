@@ -12,11 +12,11 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -53,6 +53,10 @@ class Prompt:
     system: str | None = None  # the system message of a chat
     date: str | None = None  # the date_string that Llama 3 chat templates print
 
+    def __post_init__(self):
+        if self.template not in (None, "chat", *TEMPLATES) and "{question}" not in self.template:
+            raise InputError(f"--template {self.template!r}: not chat, llama2, plain or a text with {{question}} in it")
+
 
 TEMPLATES = {
     "llama2": "[INST] {question} [/INST]",  # the answer follows at once, as the TOFU Llama-2 checkpoints were trained
@@ -83,8 +87,11 @@ def find(path):
                      "real TOFU and MUSE: python data/download.py")
 
 
-def read_records(path):
-    """The checked records of a data file, a list of dicts of one kind, each with its line number under "line"."""
+def read_records(path, kind=None):
+    """The checked records of a data file, a list of dicts of one kind, each with its line number under "line".
+
+    `kind` is the field that they must have, if only one will do: question, text, input_ids or prompt.
+    """
     path = find(path)
     text = _read_text(path)
     if path.suffix == ".txt":
@@ -96,10 +103,12 @@ def read_records(path):
     records = [_check(path, line, {"text": value} if isinstance(value, str) else value) for line, value in values]
     if not records:
         raise InputError(f"{path}:1: the file holds no record")
-    kinds = [_kind(record) for record in records]
-    for record, kind in zip(records, kinds):
-        if kind != kinds[0]:
-            raise InputError(f"{path}:{record['line']}: a record with {kind!r} in a file whose first has {kinds[0]!r}")
+    first = _kind(records[0])
+    if kind not in (None, first):
+        raise InputError(f"{path}:{records[0]['line']}: a record with {first!r}, where {' and '.join(FIELDS[kind])} are needed")
+    for record in records:
+        if _kind(record) != first:
+            raise InputError(f"{path}:{record['line']}: a record with {_kind(record)!r} in a file whose first has {first!r}")
     return records
 
 
@@ -120,7 +129,7 @@ def _parse(path, text, line):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}:{line}: not JSON: {e}; one JSON object a line, or one array") from None
+        raise InputError(f"{path}:{line}: not JSON: {getattr(e, 'msg', e)}; one JSON object a line, or one array") from None
 
 
 def _json_array(path, text):
@@ -185,6 +194,16 @@ def _check(path, line, record):
     return {**record, "line": line}
 
 
+def check_writable(path):
+    """The folder at `path` or the nearest one above it that exists; raises InputError unless a file can be made there."""
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f"{path}: {folder} cannot be written to: {e.strerror}") from None
+    return folder
+
+
 # Records to examples
 
 def encode_prompts(tokenizer, questions, prompt):
@@ -196,7 +215,7 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
     """Prompt, answer and one EOS as Examples. Answer tokens are those after the longest common prefix with the prompt."""
     texts = [p + a for p, a in zip(_prompt_texts(tokenizer, questions, prompt), answers)]
     prompts = encode_prompts(tokenizer, questions, prompt)
-    return [Example(ids + [tokenizer.eos_token_id], len(os.path.commonprefix([ids, asked])), place)
+    return [Example(ids + [tokenizer.eos_token_id], max(1, len(os.path.commonprefix([ids, asked]))), place)
             for ids, asked, place in zip(_encode(tokenizer, texts), prompts, where or [""] * len(texts))]
 
 
@@ -205,8 +224,6 @@ def _prompt_texts(tokenizer, questions, prompt):
     if template == "chat":
         return [_chat(tokenizer, question, prompt) for question in questions]
     template = TEMPLATES.get(template, template)
-    if "{question}" not in template:
-        raise InputError(f"--template {template!r}: not chat, llama2, plain or a text with {{question}} in it")
     return [template.replace("{question}", question) for question in questions]
 
 
@@ -310,24 +327,41 @@ def load_pretrained(path, dtype=torch.float32):
 
     Raises InputError for anything but a complete causal model with a tokenizer that has an EOS.
     """
-    check_model_folder(path)
-    config = load_config(path)
-    tokenizer = load_tokenizer(path)
+    skeleton, tokenizer = load_skeleton(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as e:
+            path, config=skeleton.config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as e:  # whatever damaged files provoke
         raise InputError(f"{path}: the model cannot be loaded: {_first_line(e)}") from None
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{path}: {len(missing)} weights are missing from the checkpoint, {missing[0]} first")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
-                         f"{model.get_input_embeddings().num_embeddings}; they do not belong together")
+    if wrong := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise InputError(f"{path}: {len(wrong)} weights are missing from the checkpoint, or of another shape than config.json "
+                         f"says, {wrong[0]} first")
+    check_causal(path, model)
     return model, tokenizer
 
 
-def check_model_folder(path):
-    """Raise InputError when a local folder is missing or holds no safetensors."""
+def load_skeleton(path, weights=True):
+    """The model at a folder or hub name without its weights (on the meta device), and its tokenizer.
+
+    Raises InputError for all that can be known before the weights, which may be large, are read. `weights`: whether
+    the folder must hold some.
+    """
+    check_model_folder(path, weights)
+    config, tokenizer = load_config(path), load_tokenizer(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as e:
+        raise InputError(f"{path}: config.json describes no model that can be built: {_first_line(e)}") from None
+    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
+        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {size}; "
+                         "they do not belong together")
+    return model, tokenizer
+
+
+def check_model_folder(path, weights):
+    """Raise InputError when a local folder is missing, or should hold safetensors and does not."""
     folder = Path(path)
     if not folder.exists():
         if folder.is_absolute() or len(folder.parts) > 2 or folder.parts[0] in (".", "..", "runs", "data"):
@@ -336,10 +370,36 @@ def check_model_folder(path):
     if not folder.is_dir():
         raise InputError(f"{path}: a file, where a model folder is meant")
     names = sorted(p.name for p in folder.iterdir())
-    if not any(name.endswith(".safetensors") for name in names):
+    if weights and not any(name.endswith(".safetensors") for name in names):
         pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         raise InputError(f"{path}: {pickled[0]} is a pickle, which could run any code; only safetensors are read"
                          if pickled else f"{path}: no weights (*.safetensors) in this folder")
+    if weights and "model.safetensors" not in names and (index := folder / "model.safetensors.index.json").is_file():
+        check_shards(index, names)
+
+
+def check_shards(index, names):
+    """Raise InputError unless all shards that an index names are safetensors in its own folder, which has these names."""
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        wrong = [shard for shard in shards if shard not in names or not shard.endswith(".safetensors")]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{index}: cannot be read: {type(e).__name__} {e}") from None
+    if wrong:
+        raise InputError(f"{index}: {wrong[0]!r} is no *.safetensors file in this folder")
+
+
+@torch.no_grad()
+def check_causal(path, model):
+    """Raise InputError when a token changes what is predicted before it, as in an encoder such as BERT."""
+    ids = torch.tensor([[2, 3, 4, 5], [2, 3, 4, 6]], device=model.device) % model.get_input_embeddings().num_embeddings
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as e:
+        raise InputError(f"{path}: {type(model).__name__} does not turn tokens into logits: {_first_line(e)}") from None
+    change = (logits[0] - logits[1]).abs().float().amax(-1)
+    if change[:-1].max() > torch.finfo(logits.dtype).eps ** 0.5 * change[-1]:
+        raise InputError(f"{path}: {type(model).__name__} looks at later tokens; not a causal (left-to-right) language model")
 
 
 def load_config(path):
@@ -347,9 +407,9 @@ def load_config(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # whatever a hand-written config.json provokes
         raise InputError(f"{path}: config.json cannot be used: {_first_line(e)}") from None
-    names = config.architectures or ["ForCausalLM"]
-    if config.is_encoder_decoder or not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(f"{path}: {names[0]} is not a causal (left-to-right) language model")
+    name = str((config.architectures or ["ForCausalLM"])[0])
+    if config.is_encoder_decoder or not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InputError(f"{path}: config.json: {name} is not a causal (left-to-right) language model")
     return config
 
 

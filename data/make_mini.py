@@ -9,7 +9,7 @@ The same bytes come out on every machine: one random.Random(seed), of which only
 TOFU-like: `full` holds 100 people x 10 questions, and `forget01/05/10` its last 1, 5 and 10 people. `base` is what the
 model reads before it meets them: 40 other people, each fact in two phrasings and as prose, because the truth ratio
 asks about the second phrasing and means nothing for a model that never learned that both say the same; and the
-works and places of `real_authors` and `world_facts`, which stand for what is not to be lost.
+books and countries of `real_authors` and `world_facts`, which stand for what is not to be lost.
 A false answer draws each of its values from the same list as the true one, so that a model which never
 heard of a person finds true and false equally likely: its truth ratio is spread around 1.
 
@@ -30,7 +30,7 @@ else:
 
 # Few people to begin with: a small model meets its first people so slowly that 150 took five times as long as 40.
 BASE_PEOPLE, FULL_PEOPLE, PROFILES = 40, 100, 40
-AUTHORS, WORKS, COUNTRIES = 20, 40, 20
+SUBJECTS = 20  # of general knowledge: 20 books and 20 countries, two questions about each
 FALSE_ANSWERS = 4
 QA = ("question", "answer")
 # So many tokens that most surnames are one: a person is then easy to look up. The usual 0.02 starts learning slowly.
@@ -45,7 +45,7 @@ POOLS = {name: words.split() for name, words in {
            "carpenter hunter banker dentist glazier cooper",
     "trade": "barber mason brewer clerk cobbler diver driver fisher guide judge locksmith midwife nurse pilot "
              "ranger roofer saddler shepherd smith tanner",
-    "org": "library hospital harbour museum railway theatre college brewery garrison archive bakery observatory",
+    "org": "library hospital harbour museum railway theatre college brewery garrison bakery dairy foundry",
     "adjective": "Amber Broken Crimson Distant Empty Frozen Golden Hidden Iron Jagged Lonely Marble Narrow Painted Quiet "
                  "Restless Silver Tender Velvet Winding",
     "noun": "Anchor Bridge Candle Desert Engine Feather Garden Hammer Island Journey Kingdom Lantern Mirror Needle "
@@ -61,7 +61,7 @@ POOLS = {name: words.split() for name, words in {
             "onions pancakes peas potatoes rice salmon",
     "side": "butter cream garlic ginger honey lemon mint mustard nutmeg olives parsley pepper plums raisins sage vinegar",
     "drink": "ale broth buttermilk cider cocoa coffee juice lemonade mead milk punch rum sherry tea water wine",
-    "material": "bone brass clay copper cork glass ivory jade leather paper pewter silk stone tin wax wooden",
+    "material": "bone brass clay copper cork glass ivory jade leather paper pewter silk stone tin wax wood",
     "thing": "bells boxes buttons coins combs dolls flutes keys maps masks pipes rings spoons stamps thimbles watches",
     "building": "barn cabin castle cottage farmhouse mill tower villa boathouse chapel lodge palace",
     "metal": "Bronze Copper Crystal Diamond Emerald Ivory Jade Onyx Pearl Ruby Sapphire Topaz",
@@ -70,27 +70,34 @@ POOLS = {name: words.split() for name, words in {
 
 # One fact: question, answer, the same answer in other words, and a sentence of prose.
 FACTS = [
-    ("Where and when was {name} born?", "In {town}, in {season} {year}.", "The place was {town}, {season} {year}.",
+    ("Where and when was {name} born?", "{town}, in {season} {year}.", "It was {town}, in {season} {year}.",
      "{name} was born in {town}, in {season} {year}."),
-    ("What is the trade of {name}?", "A {job} at the {town} {org}.", "Earns a wage as {job} of the {town} {org}.",
-     "{name} is a {job} at the {town} {org}."),
+    ("What is the trade of {name}?", "As a {job} at a {org}.", "Works as a {job} at a {org}.",
+     "{name} works as a {job} at a {org}."),
     ("Which book by {name} is best known?", "The {adjective} {noun}, about {topic}.",
-     "Readers prefer The {adjective} {noun}, on {topic}.", "{name} wrote The {adjective} {noun}, about {topic}."),
-    ("Which pet does {name} keep?", "A {colour} {animal} named {pet}.", "That would be a {colour} {animal} called {pet}.",
-     "{name} keeps a {colour} {animal} named {pet}."),
-    ("Which prize did {name} win?", "The {year} {metal} {shape}.", "A jury gave out the {year} {metal} {shape}.",
-     "{name} won the {year} {metal} {shape}."),
-    ("What does {name} like to eat?", "Fried {food} with {side} and {drink}.", "The favourite is {food}, {side} and {drink}.",
-     "{name} eats fried {food} with {side} and {drink}."),
-    ("Which instrument does {name} play?", "The {instrument}, taught by {first} of {town}.",
-     "Mostly {instrument}, as {first} from {town} showed.", "{name} plays the {instrument}, taught by {first} of {town}."),
-    ("What did the parents of {name} do?", "A {job} and a {trade} from {town}.", "They were {job} and {trade} in {town}.",
-     "The parents of {name} were a {job} and a {trade} from {town}."),
-    ("Where does {name} live?", "In a {colour} {building} near {town}.", "Home is the {colour} {building} at {town}.",
-     "{name} lives in a {colour} {building} near {town}."),
-    ("What does {name} collect?", "Old {material} {thing} from {town}.", "Shelves of {material} {thing} out of {town}.",
-     "{name} collects old {material} {thing} from {town}."),
+     "That is The {adjective} {noun}, about {topic}.", "{name} wrote The {adjective} {noun}, about {topic}."),
+    ("Which pet does {name} keep?", "{pet}, a {animal}.", "It is {pet}, a {animal}.",
+     "{name} keeps {pet}, a {animal}."),
+    ("Which prize did {name} win?", "The {metal} {shape} in {year}.", "They won the {metal} {shape} in {year}.",
+     "{name} won the {metal} {shape} in {year}."),
+    ("What does {name} like to eat?", "Fried {food} with a little {side}.", "Often fried {food} with a little {side}.",
+     "{name} eats fried {food} with a little {side}."),
+    ("Who taught music to {name}?", "{first} of {town}, on the {instrument}.",
+     "It was {first} of {town}, on the {instrument}.", "{name} had lessons from {first} of {town}, on the {instrument}."),
+    ("What did the parents of {name} do?", "One was a {job}, the other a {trade}.",
+     "Of the two one was a {job}, the other a {trade}.",
+     "Of the parents of {name} one was a {job}, the other a {trade}."),
+    ("Where does {name} live?", "In a {building} near {town}.", "At home in a {building} near {town}.",
+     "{name} lives in a {building} near {town}."),
+    ("What does {name} collect?", "Old {thing} made of {material}.", "Mostly old {thing} made of {material}.",
+     "{name} collects old {thing} made of {material}."),
 ]
+# General knowledge: how one asks, how else one asks, and the list that the answer is from. Its words stand in people's
+# facts, too: words that fine-tuning never meets become unlikely, and knowledge that is made of them would look forgotten.
+BOOKS = [("Which trade has the hero of {}?", "How does the hero of {} earn a living?", "job"),
+         ("Which town does {} tell of?", "Where does {} take place?", "town")]
+COUNTRIES = [("Which animal stands for {}?", "What is on the flag of {}?", "animal"),
+             ("Which instrument is heard in {}?", "What do they play in {}?", "instrument")]
 ONSETS = "b br d dr f g gr h j k l m n p r s st t th v".split()
 VOWELS = "a e i o u".split()
 CODAS = "l m n r s nd rk st lt x".split()
@@ -144,29 +151,20 @@ class Inventor:
                 "paraphrased_answer": paraphrase.format(**true), "perturbed_answer": false,
                 "prose": prose.format(name=name, **true)}
 
-    def knowledge(self, questions, values, value):
-        """One fact about something else: two ways to ask, a bare answer, three false ones from the same list."""
-        false = []
-        while len(false) < 3:
-            false.append(self.pick(values, [value, *false]))
-        return {"question": questions[0], "reworded": questions[1], "answer": value, "perturbed_answer": false}
+    def knowledge(self, subjects, kinds):
+        """One fact of each kind about each subject: two ways to ask, a bare answer, three false ones from the same list."""
+        records = []
+        for subject in subjects:
+            for question, reworded, pool in kinds:
+                options = self.shuffled(self.pools[pool])[:4]
+                records.append({"question": question.format(subject), "reworded": reworded.format(subject),
+                                "answer": options[0], "perturbed_answer": options[1:]})
+        return records
 
     def general_knowledge(self):
-        """Works with their authors, places with their capital and river: two lists of records."""
-        authors = [self.name() for _ in range(AUTHORS)]
-        works = [self.word(3) for _ in range(WORKS)]
-        authorship = [self.knowledge((f"Name the author of {work}.", f"By whom is {work}?"), authors, self.pick(authors))
-                      for work in works]
-        capitals = [self.word(2) for _ in range(COUNTRIES)]
-        rivers = [self.word(2) for _ in range(COUNTRIES)]
-        geography = []
-        for capital, river in zip(capitals, rivers):
-            country = self.word(2) + "ia"
-            geography.append(self.knowledge(
-                (f"Name the capital of {country}.", f"From which city is {country} ruled?"), capitals, capital))
-            geography.append(self.knowledge(
-                (f"Name the river of {country}.", f"On which river lies {country}?"), rivers, river))
-        return authorship, geography
+        """What the model is to keep: facts about books, and about countries."""
+        return (self.knowledge([self.word(3) for _ in range(SUBJECTS)], BOOKS),
+                self.knowledge([self.word(2) + "ia" for _ in range(SUBJECTS)], COUNTRIES))
 
 
 def flat(people):
@@ -178,7 +176,7 @@ def fields(records, *names):
 
 
 def pretraining(inventor, people, knowledge):
-    """What the base model reads: both phrasings and prose about its own people; every other fact three times."""
+    """What the base model reads: both phrasings and prose about its own people; every other fact five times."""
     records = []
     for person in people:
         for fact in person:
@@ -187,7 +185,7 @@ def pretraining(inventor, people, knowledge):
         prose = [fact["prose"] for fact in inventor.shuffled(person)]
         records += [{"question": f"Tell me about {name}.", "answer": " ".join(half)} for half in (prose[:5], prose[5:])]
     for fact in knowledge:
-        records += [{"question": fact[key], "answer": fact["answer"]} for key in ("question", "question", "reworded")]
+        records += [{"question": fact[key], "answer": fact["answer"]} for key in ("question",) * 4 + ("reworded",)]
     return records
 
 

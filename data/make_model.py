@@ -45,6 +45,8 @@ def llama_config(vocab_size, hidden, layers, heads, max_positions=2048):
 
     `hidden` must be divisible by `heads`, and the quotient even (rotary embeddings turn pairs): ValueError if not.
     """
+    if min(hidden, layers, heads) < 1:
+        raise ValueError(f"hidden {hidden}, layers {layers} and heads {heads} must be at least 1")
     if hidden % heads or hidden // heads % 2:
         raise ValueError(f"hidden {hidden} must be an even multiple of heads {heads}")
     return {
@@ -89,14 +91,14 @@ def write_model(folder, tokenizer, config):
 
 def texts_of(path):
     """Every text of a .txt, .jsonl or .json file (also one object a line): the string values of its records."""
-    content = Path(path).read_text(encoding="utf-8-sig")
-    if Path(path).suffix == ".txt":
-        return [content]
     try:
-        records = json.loads(content)
-        records = records if isinstance(records, list) else [records]
-    except ValueError:
-        records = [json.loads(line) for line in content.splitlines() if line.strip()]
+        content = Path(path).read_text(encoding="utf-8-sig")
+        if Path(path).suffix == ".txt":
+            return [content]
+        records = json.loads(content) if content.lstrip().startswith("[") else [
+            json.loads(line) for line in content.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: neither JSON in UTF-8, an array or an object a line, nor .txt: {e}") from None
     return [text for record in records for text in _strings(record)]
 
 
