@@ -30,17 +30,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from data.load import (InputError, Parser, Prompt, check_disjoint, collate, find, length_batches, load_config,
-                       load_examples, load_pretrained, load_tokenizer)
+from data.load import (InputError, Parser, Prompt, check_causal, check_disjoint, check_writable, collate, find,
+                       length_batches, load_examples, load_pretrained, load_skeleton)
 from simnpo import answer_kl, answer_logps, check_head, grad_ascent_loss, npo_loss, simnpo_loss
 
 DATA = Path(__file__).resolve().parent / "data"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What --lr, --epochs and --batch-size are when not given: the official TOFU recipe for a real model; values that suit
-# the million parameters of the built-in one (a learning rate a hundred times larger) when --model is left out.
-REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}
-MINI_UNLEARN = {"lr": 1e-3, "epochs": 10, "batch_size": 8}
+# What --lr, --epochs, --batch-size and --forget-weight are when not given: the official TOFU recipe for a real model;
+# values that suit the million parameters of the built-in one (a learning rate 100 times larger) when --model is left out.
+REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32, "forget_weight": 0.1375}
+MINI_UNLEARN = {"lr": 5e-4, "epochs": 20, "batch_size": 32, "forget_weight": 0.5}
 MINI_FINETUNE = {"lr": 5e-4, "epochs": 16, "batch_size": 32}
 MINI_BASE = {"lr": 2e-3, "epochs": 10, "batch_size": 32}
 
@@ -59,13 +59,13 @@ muse-bench/MUSE-News_target, muse-bench/MUSE-Books_target, or any causal model i
 
 # Arguments
 
-def number(kind, low=-math.inf, above=-math.inf):
-    """An argparse type: a finite int or float, at least `low` and more than `above`."""
+def number(kind, low=-1e12, above=-math.inf):
+    """An argparse type: an int or float (not NaN), at least `low`, more than `above`, and 1e12 at most."""
     def convert(text):
         value = kind(text)
-        if not math.isfinite(value) or value < low or value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not {'more than' if above > -math.inf else 'at least'} "
-                                             f"{above if above > -math.inf else low}")
+        if not (low <= value <= 1e12 and value > above):
+            needed = f"more than {above}" if above > low else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {needed} is needed, and 1e12 at most")
         return value
     convert.__name__ = kind.__name__  # argparse's messages say "invalid float value"
     return convert
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll, a token mean; kl keeps a frozen copy")
     a("--beta", type=number(float, above=0), default=2.5, help="default 2.5 (paper, TOFU forget05); NPO's is 0.1")
     a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
-    a("--forget-weight", type=number(float, low=0), default=0.1375, help="default 0.1375 (official code, TOFU forget05)")
+    a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU forget05)")
     a("--retain-weight", type=number(float, low=0), default=1.0, help="default 1")
     a = parser.add_argument_group("optimization (defaults: official TOFU recipe)").add_argument
     a("--epochs", type=number(int, low=1), help="passes over --forget (over --retain when fine-tuning). Default 10")
@@ -136,7 +136,7 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args):
-    """Set what depends on other arguments: model, output, retain set, recipe. Makes the built-in model if need be."""
+    """Set what depends on other arguments: model, output, retain set, recipe. True if the model is the built-in one."""
     mini = not args.model and not args.init
     if args.output is None:
         stem = find(args.forget or args.retain).stem
@@ -149,13 +149,16 @@ def fill_defaults(args):
                          "try --model open-unlearning/tofu_Llama-3.2-1B-Instruct_full, or locuslab/tofu_ft_llama2-7b "
                          "with --template llama2")
     recipe = REAL if not mini else MINI_UNLEARN if args.forget else MINI_FINETUNE
-    for name, value in recipe.items():
+    for name, value in {**REAL, **recipe}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if mini:
-        say(f"Built-in miniature benchmark: lr {args.lr:g}, {args.epochs} epochs, batch size {args.batch_size} "
-            "(a real model: --model FOLDER_OR_HUB_NAME)")
-        args.model = make_builtin("target" if args.forget else "base")
+        flags = " ".join(f"--{name.replace('_', '-')} {getattr(args, name):g}" for name in recipe)
+        say(f"Built-in miniature benchmark: {flags} (a real model: --model FOLDER_OR_HUB_NAME)")
+        args.model = str(Path("runs", "target" if args.forget else "base"))
+        if args.output.resolve() == Path(args.model).resolve():
+            raise InputError(f"{args.output}: the built-in model itself is kept there; pass another --output")
+    return mini
 
 
 def retain_beside(forget):
@@ -167,30 +170,33 @@ def retain_beside(forget):
     return str(find(forget.with_name(f"retain{100 - int(digits):02d}")))
 
 
-def make_builtin(name):
+def make_builtin(output):
     """Train runs/base (general knowledge) or runs/target (base, then the full miniature set) unless it exists."""
-    output = Path("runs", name)
-    if not (output / "config.json").exists():
-        argv = ["--output", str(output), "--seed", "0"] + ["--resume"] * output.exists()
-        if name == "base":
-            argv += ["--init", str(DATA / "mini_model"), "--retain", str(DATA / "base")]
-            argv += [f"--{key.replace('_', '-')}={value}" for key, value in MINI_BASE.items()]
-        else:
-            argv += ["--retain", str(DATA / "full")]
-        say(f"Making {output} first, once ({'general knowledge' if name == 'base' else 'base, then data/full'})")
-        if status := run_once(parse_args(argv)):
-            sys.exit(status)
-    return str(output)
+    if (output / "config.json").exists():
+        return
+    argv = ["--output", str(output), "--seed", "0"] + ["--resume"] * output.exists()
+    if output.name == "base":
+        argv += ["--init", str(DATA / "mini_model"), "--retain", str(DATA / "base")]
+        argv += [f"--{key.replace('_', '-')}={value}" for key, value in MINI_BASE.items()]
+    else:
+        argv += ["--retain", str(DATA / "full")]
+    say(f"Making {output} first, once ({'general knowledge' if output.name == 'base' else 'base, then data/full'})")
+    if status := main(argv):
+        sys.exit(status)
 
 
 def check_output(output, resume):
-    """An output folder is new or empty, or holds the run to resume."""
+    """An output folder is new or empty, or holds the run to resume; and it can be written to."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: a file, where --output needs a folder")
     if resume and not output.exists():
         raise InputError(f"{output}: no run to resume in this folder; leave out --resume")
-    if not resume and output.exists() and any(output.iterdir()):
+    names = [p.name for p in output.iterdir() if p.suffix != ".tmp"] if output.exists() else []
+    if resume and names and "args.json" not in names:
+        raise InputError(f"{output}: no run to resume in this folder (there is no args.json); pass another --output")
+    if not resume and names:
         raise InputError(f"{output}: already holds a run or other files; pass another --output, --resume, or delete it")
+    check_writable(output)
 
 
 # Data order: a pure function of (seed, step), so that resuming needs no generator's state.
@@ -233,6 +239,12 @@ class Objective(nn.Module):
     def __init__(self, model, reference=None):
         super().__init__()
         self.model, self.reference = model, reference
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()  # no dropout in what the KL term is measured against
+        return self
 
     def forward(self, input_ids, labels, kl=False):
         if kl:
@@ -286,8 +298,10 @@ def step_gradient(objective, forget, retain, ref_logps, args, precision, scaler=
             is_forget = torch.tensor([i < n_forget for i in indices], device=args.device)
             with precision():
                 values, lengths = objective(*tensors([examples[i] for i in indices], args.device), kl=kl)
-            ref = ref_logps[[i for i in indices if i < n_forget]] if args.loss == "npo" and n_forget else None
-            forget_loss = forget_losses(args, values[is_forget], lengths[is_forget], ref).sum() / max(1, n_forget)
+            forget_loss = values.new_zeros(())
+            if n_forget:
+                ref = ref_logps[[i for i in indices if i < n_forget]] if args.loss == "npo" else None
+                forget_loss = forget_losses(args, values[is_forget], lengths[is_forget], ref).sum() / n_forget
             retain_loss = (values if kl else -values[~is_forget]).sum() / max(1, n_tokens)
             loss = weight * (args.forget_weight * forget_loss + args.retain_weight * retain_loss)
             loss = loss * ranks()[1]  # FSDP averages over ranks, where a sum is meant
@@ -366,19 +380,21 @@ def local(tensor):
 
 
 def load_start(args):
-    """The model to start from and its tokenizer."""
+    """The model to start from, with its weights."""
     dtype = torch.bfloat16 if args.bf16_weights else torch.float32
     if not args.init:
-        return load_pretrained(args.model, dtype)
-    config, tokenizer = load_config(args.init), load_tokenizer(args.init)
+        return load_pretrained(args.model, dtype)[0]
+    config = load_skeleton(args.init, weights=False)[0].config
     torch.manual_seed(args.seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    check_causal(args.init, model)
+    return model
 
 
 def prepare(model, args):
     """Move, shard and compile: returns the Objective and the function that gives its autocast context."""
     kl = args.forget and args.retain_loss == "kl"
-    reference = load_start(args)[0].eval().requires_grad_(False) if kl else None
+    reference = load_start(args).eval().requires_grad_(False) if kl else None
     objective = Objective(model, reference).to(args.device).train()
     try:
         check_head(model)
@@ -452,6 +468,8 @@ def whole(tensor):
 
 def placed(tensor, like):
     """The reverse of `whole`: laid out as `like` is."""
+    if tensor.shape != like.shape:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} for one of {tuple(like.shape)}")
     tensor = tensor.to(like.device, like.dtype)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
@@ -461,42 +479,29 @@ def checkpoints(output):
 
 
 def save_checkpoint(run, step):
-    """Write OUTPUT/checkpoint-STEP, then remove the one before. Raises FloatingPointError if a weight is not finite."""
-    state = {"step": step, "settings": run.settings, "scaler": run.scaler and run.scaler.state_dict(), "adam_step": 0}
+    """Write OUTPUT/checkpoint-STEP, then remove the one before."""
+    state = {"step": step, "scaler": run.scaler and run.scaler.state_dict(), "adam_step": 0}
     tensors = {}
     for name, p in run.objective.model.named_parameters():
         tensors[f"weight.{name}"] = whole(p)
         if moments := run.optimizer.state.get(p):
             state["adam_step"] = int(moments["step"])
             tensors |= {f"{key}.{name}": whole(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
-    if not all(t.isfinite().all() for t in tensors.values()):
-        raise FloatingPointError
+    check_finite(tensors, step)
     final = run.args.output / f"checkpoint-{step:08d}"
     if ranks()[0] == 0 and not final.exists():
         with durable_folder(final) as folder:
             save_file(tensors, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
-        for old in checkpoints(run.args.output)[:-1]:
-            remove(old)
+        for old in checkpoints(run.args.output)[:-1]:  # half of one does no harm: the last one counts
+            shutil.rmtree(old)
     barrier()
 
 
-def remove(folder):
-    """Delete a checkpoint; renamed first, so that half of one is never taken for a whole one."""
-    doomed = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
-
-
 def load_checkpoint(run, folder):
-    """Put a checkpoint's state back; return its step. Raises InputError if an argument that matters has changed."""
+    """Put a checkpoint's state back; return its step."""
     try:
         state, saved = json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
-        changed = [f"{key} was {value}, is {run.settings.get(key)}" for key, value in state["settings"].items()
-                   if run.settings.get(key) != value]
-        if changed:
-            raise InputError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}")
         on_cpu = isinstance(run.optimizer, StochasticAdamW)
         for name, p in run.objective.model.named_parameters():
             with torch.no_grad():
@@ -507,15 +512,22 @@ def load_checkpoint(run, folder):
                 run.optimizer.state[p]["step"] = adam_step
         if run.scaler:
             run.scaler.load_state_dict(state["scaler"])
-        return state["step"]
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as e:
+        return int(state["step"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{folder}: not a whole checkpoint of this run: {type(e).__name__} {e}") from None
 
 
-def save_model(run, folder):
+def check_finite(tensors, step):
+    """What is not finite is never saved."""
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise FloatingPointError(f"step {step}: a weight")
+
+
+def save_model(run, folder, step):
     """Write a folder that from_pretrained opens, unless it is there."""
     model = run.objective.model
     state = {name: whole(p) for name, p in model.named_parameters()}
+    check_finite(state, step)
     state |= {name: whole(b) for name, b in model.named_buffers() if name in model.state_dict()}
     if ranks()[0] == 0 and not folder.exists():
         with durable_folder(folder) as filling:
@@ -524,21 +536,25 @@ def save_model(run, folder):
     barrier()
 
 
-def finish(run):
+def finish(run, step):
     """Put the finished model in place: config.json comes last, so a folder that has it is complete."""
     output = run.args.output
     if ranks()[0] == 0:
         shutil.rmtree(output / "final", ignore_errors=True)
     barrier()
-    save_model(run, output / "final")
+    save_model(run, output / "final", step)
     if ranks()[0] == 0:
         for path in sorted((output / "final").iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, output / path.name)
         fsync(output)
-        (output / "final").rmdir()
-        for old in checkpoints(output):
-            remove(old)
+        tidy(output)
     barrier()
+
+
+def tidy(output):
+    """Remove what only an unfinished run needs."""
+    for folder in (output / "final", *checkpoints(output), *output.glob("*.tmp")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_log(output, step, settings):
@@ -547,10 +563,25 @@ def open_log(output, step, settings):
     path = output / "metrics.jsonl"
     if ranks()[0]:
         return open(os.devnull, "w")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-    (output / "args.json").write_text(json.dumps(settings, indent=1) + "\n")
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    write(output / "args.json", json.dumps(settings, indent=1) + "\n")
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and step else []
+    write(path, "".join(line for line in lines if is_logged(line, step)))
     return path.open("a", buffering=1)
+
+
+def is_logged(line, step):
+    """Whether a line of metrics.jsonl is whole and of no later step."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    return False
+
+
+def write(path, text):
+    """Replace a file's text: whatever happens, it is the old one or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text)
+    fsync(beside)
+    os.replace(beside, path)
 
 
 # The loop
@@ -558,18 +589,38 @@ def open_log(output, step, settings):
 RESULT_FREE = {"output", "resume", "save_every", "snapshots", "max_tokens", "checkpointing", "compile", "device"}
 
 
-def build(args):
-    """Check all input, then load, shard and compile: returns the Run and its forget and retain Examples."""
+def check(args, mini):
+    """Find all mistakes in the input that can be found without the weights: returns tokenizer, settings and Examples."""
     start_device(args)
-    model, tokenizer = load_start(args)
-    forget, retain = load_data(args, model, tokenizer)
-    check_disk(args.output, model)
+    source = DATA / "mini_model" if mini else args.init or args.model
+    skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not mini))
+    forget, retain = load_data(args, skeleton, tokenizer)
     settings = {key: value for key, value in vars(args).items() if key not in RESULT_FREE}
     for name, examples in (("forget data", forget), ("retain data", retain)):
         settings[name] = hashlib.sha256(repr([(e.input_ids, e.start) for e in examples]).encode()).hexdigest()[:16]
+    check_settings(args.output / "args.json", settings)
+    check_disk(args, skeleton)
+    return tokenizer, settings, forget, retain
+
+
+def build(args, tokenizer, settings):
+    """Load, shard and compile."""
+    model = load_start(args)
     objective, precision = prepare(model, args)
     scaler = torch.amp.GradScaler(args.device.type) if args.dtype == "fp16" else None
-    return Run(args, settings, tokenizer, objective, precision, make_optimizer(model, args), scaler), forget, retain
+    return Run(args, settings, tokenizer, objective, precision, make_optimizer(model, args), scaler)
+
+
+def check_settings(path, settings):
+    """Raise InputError if the run that this args.json began had other arguments or data."""
+    try:
+        before = json.loads(path.read_text()) if path.exists() else settings
+        changed = [f"{key.replace('_', '-')} was {value}, is {settings.get(key)}" for key, value in before.items()
+                   if settings.get(key) != value]
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        raise InputError(f"{path}: cannot be read, so the run cannot be resumed: {e}") from None
+    if changed:
+        raise InputError(f"{path}: cannot resume with other settings: {'; '.join(changed)}")
 
 
 def start_device(args):
@@ -600,14 +651,11 @@ def load_data(args, model, tokenizer):
     return forget, retain
 
 
-def check_disk(output, model):
+def check_disk(args, model):
     """Raise InputError unless two checkpoints (weights and two moments) and the final model fit on the disk."""
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) * 7
-    folder = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{output}: {folder} is not writable; pass another --output")
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise InputError(f"{output}: {free / 2**30:.1f} GiB free on that disk, two checkpoints and the model need "
+    needed = sum(p.numel() for p in model.parameters()) * (2 if args.bf16_weights else 4) * 7
+    if (free := shutil.disk_usage(check_writable(args.output)).free) < needed:
+        raise InputError(f"{args.output}: {free / 2**30:.1f} GiB free on that disk, two checkpoints and the model need "
                          f"{needed / 2**30:.1f} GiB; pass another --output")
 
 
@@ -633,14 +681,14 @@ def train(run, forget, retain):
             if step % per_epoch == 0:
                 probe(run, log, step, step // per_epoch, forget, retain)
             if snapshot_steps and step % snapshot_steps == 0:
-                save_model(run, output / f"step-{step:06d}")
+                save_model(run, output / f"step-{step:06d}", step)
             stopping = any_rank(bool(caught), args.device)
             if stopping or (save_steps and step % save_steps == 0 and step < total):
                 save_checkpoint(run, step)
             if stopping:
                 say(f"Stopped after step {step} of {total}; go on with the same command and --resume")
                 return 128 + (caught or [signal.SIGTERM])[0]
-        finish(run)
+        finish(run, total)
     report(output, forget, time.time() - started)
     return 0
 
@@ -693,9 +741,9 @@ def report(output, forget, seconds):
     if ranks()[0]:
         return
     records = [json.loads(line) for line in (output / "metrics.jsonl").open()]
-    first, last = [r for r in records if "epoch" in r][::len([r for r in records if "epoch" in r]) - 1]
-    changes = [f"{name.removesuffix('_prob')} {first[name]:.3f} -> {last[name]:.3f}"
-               for name in ("forget_prob", "retain_prob") if name in first]
+    probes = [r for r in records if "epoch" in r]
+    changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
+               for name in ("forget_prob", "retain_prob") if probes and name in probes[0]]
     say(f"{output}: answer probability {', '.join(changes)} in {seconds:.0f} s")
 
 
@@ -736,11 +784,18 @@ def say(text):
 
 def run_once(args):
     """Check, build, train; 0 if the run is complete, else the status that main() exits with."""
-    fill_defaults(args)
-    if args.resume and (args.output / "config.json").exists():
+    try:
+        mini = fill_defaults(args)
+        tokenizer, settings, forget, retain = check(args, mini)
+    except OSError as e:  # a name too long, a folder that may not be read
+        raise InputError(e) from None
+    if (args.output / "config.json").exists():
+        tidy(args.output)
         say(f"{args.output}: this run is complete")
         return 0
-    return train(*build(args))
+    if mini:
+        make_builtin(Path(args.model))
+    return train(build(args, tokenizer, settings), forget, retain)
 
 
 def main(argv=None):
@@ -754,6 +809,8 @@ def main(argv=None):
         status, message = 1, f"{args.output}: not finite: {e}; {last_checkpoint(args)}; a lower --lr may help"
     except (OSError, SafetensorError) as e:  # a full disk, above all
         status, message = 1, f"{args.output}: cannot write: {e}; {last_checkpoint(args)}"
+    except KeyboardInterrupt:  # outside of the loop, where there is nothing to save
+        status, message = 128 + signal.SIGINT, "interrupted"
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     return status
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import socket
 from collections import Counter
@@ -173,3 +172,333 @@ def test_the_reference_has_no_dropout():
     train.score(objective, FORGET, arguments(), contextlib.nullcontext)
     objective.train()
     assert objective.model.training and not objective.reference.training
+
+
+# Data order and learning rate
+
+@pytest.mark.parametrize("n_forget, n_retain, batch", [(10, 25, 4), (10, 3, 4), (8, 100, 8), (5, 7, 100), (7, 0, 2)])
+def test_an_epoch_takes_every_forget_example_once(n_forget, n_retain, batch):
+    per_epoch = math.ceil(n_forget / batch)
+    seen_retain = []
+    orders = set()
+    for epoch in range(6):
+        steps = [train.step_indices(epoch * per_epoch + i, n_forget, n_retain, batch, seed=3) for i in range(per_epoch)]
+        forget = [i for f, _ in steps for i in f]
+        assert sorted(forget) == list(range(n_forget))
+        assert [len(f) for f, _ in steps] == [batch] * (n_forget // batch) + [n_forget % batch] * (n_forget % batch > 0)
+        assert all(len(r) == (len(f) if n_retain else 0) for f, r in steps)
+        seen_retain += [i for _, r in steps for i in r]
+        orders.add(tuple(forget))
+    assert len(orders) > 1  # another order each epoch
+    for i in range(0, len(seen_retain) - n_retain + 1, n_retain or 1):  # pass after pass over retain, without repeats
+        assert not n_retain or sorted(seen_retain[i:i + n_retain]) == list(range(n_retain))
+
+
+def test_fine_tuning_takes_every_retain_example_once():
+    steps = [train.step_indices(i, 0, 10, 4, seed=0) for i in range(3)]
+    assert sorted(i for _, r in steps for i in r) == list(range(10)) and [len(r) for _, r in steps] == [4, 4, 2]
+    assert all(not f for f, _ in steps)
+
+
+def test_order_is_a_function_of_seed_and_step():
+    """Whatever was asked before, and whatever state torch's and random's generators are in."""
+    def order(seed, steps):
+        return {step: train.step_indices(step, 50, 70, 8, seed) for step in steps}
+
+    first = order(1, range(30))
+    torch.manual_seed(99), random.seed(99)
+    assert order(1, reversed(range(30))) == first == {**order(1, [29]), **{k: v for k, v in first.items() if k < 29}}
+    assert order(2, range(30)) != first
+
+
+@pytest.mark.parametrize("epochs, per_epoch, warmup", [(10, 7, 1.0), (10, 1, 1.0), (3, 10, 0.0), (2, 9, 0.5), (1, 5, 1.0)])
+def test_linear_schedule(epochs, per_epoch, warmup):
+    """Straight up to the peak, straight down to what would be 0 one step after the last; never 0."""
+    args = argparse.Namespace(schedule="linear", lr=2.0, epochs=epochs, warmup_epochs=warmup)
+    total, warm = epochs * per_epoch, round(warmup * per_epoch)
+    rates = [train.learning_rate(args, step, per_epoch) for step in range(total)]
+    expected = [2.0 * (s + 1) / (warm + 1) if s < warm else 2.0 * (total - s) / (total - warm) for s in range(total)]
+    assert rates == pytest.approx(expected) and min(rates) > 0
+    assert total == warm or max(rates) == rates[warm] == 2.0
+
+
+def test_constant_schedule():
+    args = argparse.Namespace(schedule="constant", lr=3e-5, epochs=4, warmup_epochs=1.0)
+    assert {train.learning_rate(args, step, 5) for step in range(20)} == {3e-5}
+
+
+# bf16 weights
+
+@pytest.mark.parametrize("value", [1.0 + 2**-10, -3.3, 1e-30, 123456.789, 1 + 2**-8, 2.0, 0.0])
+def test_stochastic_rounding_is_unbiased(value):
+    """Only the two bf16 neighbours come up, in the proportion that makes the mean right (5 standard errors)."""
+    torch.manual_seed(0)
+    x = torch.full((40_000,), value)
+    rounded = train.stochastic_round(x)
+    assert torch.equal(rounded, rounded.bfloat16().float()) and len(rounded.unique()) <= 2
+    exact, gap = float(x[0]), max(rounded.max() - rounded.min(), torch.tensor(0.0)).item()
+    assert rounded.min() <= exact <= rounded.max() and gap <= 2**-7 * abs(exact)
+    assert abs(rounded.double().mean().item() - exact) <= 5 * gap / 2 / math.sqrt(40_000)
+
+
+def test_stochastic_adamw_follows_adamw_where_plain_rounding_stands_still():
+    """300 updates of 1/10 of a bf16 step each, with weight decay."""
+    torch.manual_seed(0)
+    start = torch.rand(4000).bfloat16() + 1
+    exact, ours = torch.nn.Parameter(start.double()), torch.nn.Parameter(start.clone())
+    nearest = start.clone()
+    settings = dict(lr=2**-7 / 10, betas=(0.9, 0.999), eps=1e-8)
+    reference = torch.optim.AdamW([exact], weight_decay=0.05, **settings)
+    optimizer = train.StochasticAdamW([{"params": [ours], "weight_decay": 0.05}], **settings)
+    for _ in range(300):
+        gradient = (torch.randn(4000) * 0.5 + 1).bfloat16()
+        exact.grad, ours.grad = gradient.double(), gradient
+        before = exact.detach().clone()
+        reference.step()
+        optimizer.step()
+        nearest = (nearest.float() + (exact.detach() - before).float() * (nearest / before).float()).bfloat16()
+    moved = (exact - start).mean().item()
+    assert moved < -0.15
+    assert abs((ours.double() - exact).mean().item()) < 0.01 * abs(moved)
+    assert abs((nearest.double() - start).mean().item()) < 0.5 * abs(moved)
+    state = optimizer.state[ours]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == ours.dtype == torch.bfloat16
+    expected = reference.state[exact]["exp_avg_sq"].mean().item()
+    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("bf16_weights, bytes_a_parameter", [(False, 16), (True, 8)])
+def test_bytes_a_parameter(bf16_weights, bytes_a_parameter):
+    """Weights, gradients and both moments after a step: the README's estimate."""
+    model = tiny().to(torch.bfloat16 if bf16_weights else torch.float32)
+    optimizer = train.make_optimizer(model, arguments(bf16_weights=bf16_weights, weight_decay=0.0, lr=1e-3))
+    step(model, None, FORGET, RETAIN, arguments())
+    optimizer.step()
+    tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.ndim]
+    assert sum(t.numel() * t.element_size() for t in tensors) == bytes_a_parameter * sum(p.numel() for p in model.parameters())
+
+
+# Whole runs of a tiny model
+
+NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "Max", "Ned", "Ora", "Pam"]
+TOWNS = ["Oslo", "Rome", "Lima", "Bern", "Kyiv", "Cork", "Bath", "Nice"]
+RECORDS = [{"question": f"Where does {name} live?", "answer": f"In {TOWNS[(5 * i) % 8]}, near {TOWNS[(3 * i + 1) % 8]}."}
+           for i, name in enumerate(NAMES)]
+
+
+def write_init(folder, tied=False, bias=0):
+    """A folder for --init: a tiny Llama and a byte-level BPE tokenizer."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator((r["question"] + r["answer"] for r in RECORDS), trainers.BpeTrainer(
+        vocab_size=380, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
+                architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+def write_data(folder):
+    """forget25.jsonl, retain75.jsonl and full.jsonl."""
+    for name, records in {"forget25": RECORDS[:4], "retain75": RECORDS[4:], "full": RECORDS}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the data, two --init folders, and a target that knows all records by heart."""
+    folder = tmp_path_factory.mktemp("world")
+    write_data(folder)
+    write_init(folder / "init")
+    write_init(folder / "tied", tied=True)
+    assert train.main(["--init", str(folder / "init"), "--retain", str(folder / "full"), "--output", str(folder / "target"),
+                       "--epochs", "120", "--batch-size", "8", "--lr", "5e-3", "--save-every", "0"]) == 0
+    assert log(folder / "target")[-1]["retain_prob"] > 0.9
+    return folder
+
+
+def log(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def unlearn(world, output, *more):
+    """Run train.main on the target; a later option overrides an earlier one. Returns the lines of metrics.jsonl."""
+    assert train.main(["--model", str(world / "target"), "--forget", str(world / "forget25"), "--output", str(output),
+                       "--epochs", "20", "--batch-size", "4", "--lr", "5e-3", "--forget-weight", "0.3",
+                       "--save-every", "0", *more]) == 0
+    return log(output)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("loss, retain_loss", LOSSES)
+def test_unlearning(loss, retain_loss, world, tmp_path):
+    """The forget set is forgotten, the retain set is kept where a retain term is there, and the output opens."""
+    lines = unlearn(world, tmp_path / "run", "--loss", loss, "--retain-loss", retain_loss,
+                    "--beta", "0.1" if loss == "npo" else "2.5", "--forget-weight", "1" if retain_loss == "kl" else "0.3")
+    steps, probes = [x for x in lines if "lr" in x], [x for x in lines if "epoch" in x]
+    assert [x["step"] for x in steps] == list(range(1, 21)) and [x["epoch"] for x in probes] == list(range(21))
+    assert all(math.isfinite(x["forget_loss"]) and x["grad_norm"] > 0 for x in steps)
+    assert probes[0]["forget_prob"] > 0.9 and probes[-1]["forget_prob"] < 0.5
+    if retain_loss != "none":
+        assert probes[0]["retain_prob"] > 0.9 and probes[-1]["retain_prob"] > probes[-1]["forget_prob"] + 0.2
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["loss"] == loss
+    assert {p.suffix for p in (tmp_path / "run").iterdir()} <= {".json", ".jsonl", ".safetensors"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert own_probability(model, tokenizer, RECORDS[:4]) == pytest.approx(probes[-1]["forget_prob"], abs=1e-4)
+
+
+def own_probability(model, tokenizer, records):
+    """Mean of p(answer)^(1/|answer|), a record at a time on full logits."""
+    values = []
+    for r in records:
+        prompt = [0] + tokenizer(f"Question: {r['question']}\nAnswer:").input_ids
+        ids = prompt + tokenizer(" " + r["answer"]).input_ids + [1]
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        values.append(math.exp(sum(p[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))) / (len(ids) - len(prompt))))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--dtype", "fp16"], ["--bf16-weights"]])
+def test_other_precisions_unlearn_too(options, world, tmp_path):
+    exact, lines = unlearn(world, tmp_path / "fp32"), unlearn(world, tmp_path / "run", *options)
+    for name in ("forget_prob", "retain_prob"):
+        assert lines[-1][name] == pytest.approx(exact[-1][name], abs=0.15)
+    assert lines[1]["forget_loss"] == pytest.approx(exact[1]["forget_loss"], rel=0.03)
+    assert {t.dtype for t in weights(tmp_path / "run").values()} == {
+        torch.bfloat16 if options == ["--bf16-weights"] else torch.float32}
+
+
+def test_micro_batches_and_checkpointing_change_nothing(world, tmp_path):
+    plain = unlearn(world, tmp_path / "plain", "--epochs", "3")
+    split = unlearn(world, tmp_path / "split", "--epochs", "3", "--max-tokens", "20", "--checkpointing")
+    for x, y in zip(plain, split, strict=True):
+        assert {k: v for k, v in x.items() if k != "tokens_per_s"} == pytest.approx(
+            {k: v for k, v in y.items() if k != "tokens_per_s"}, rel=1e-4)
+    same = weights(tmp_path / "plain")
+    assert_close(weights(tmp_path / "split"), same, 1e-5)
+
+
+def test_compile(world, tmp_path, monkeypatch):
+    """Traced and differentiated as a whole, but run without code generation, which would take a minute."""
+    compile_module, seen = torch.nn.Module.compile, []
+
+    def traced(module, **options):
+        seen.append(module)
+        return compile_module(module, backend="aot_eager", fullgraph=True, **options)
+
+    plain = unlearn(world, tmp_path / "plain", "--epochs", "2")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    compiled = unlearn(world, tmp_path / "compiled", "--epochs", "2", "--compile")
+    assert len(seen) == 1
+    assert [x["forget_loss"] for x in compiled if "lr" in x] == pytest.approx(
+        [x["forget_loss"] for x in plain if "lr" in x], rel=1e-4)
+    assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), 1e-4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
+
+
+def test_snapshots(world, tmp_path):
+    """Copies that open, of the weights along the way; the last one is the final model."""
+    unlearn(world, tmp_path / "run", "--epochs", "4", "--snapshots", "2epochs")
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-000002", "step-000004"]
+    early, late = (weights(tmp_path / "run" / name) for name in ("step-000002", "step-000004"))
+    final = weights(tmp_path / "run")
+    assert all(torch.equal(late[name], final[name]) for name in final)
+    assert any(not torch.equal(early[name], final[name]) for name in final)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "step-000002")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "step-000002")
+
+
+def test_same_seed_same_weights(world, tmp_path):
+    for name, seed in (("one", "5"), ("two", "5"), ("three", "6")):
+        unlearn(world, tmp_path / name, "--epochs", "2", "--seed", seed, "--batch-size", "3")
+    one, two, three = (weights(tmp_path / name) for name in ("one", "two", "three"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+
+
+# Two processes (FSDP2 over gloo) against one
+
+RUNS = {
+    "untied": ["--init", "init"], "tied": ["--init", "tied"],
+    "split": ["--init", "tied", "--max-tokens", "30", "--checkpointing"],
+    "kl": ["--model", "target", "--retain-loss", "kl"],
+    "npo": ["--model", "target", "--loss", "npo", "--beta", "0.1", "--retain-loss", "none"],
+}
+
+
+def five_steps(folder, options, output, *more):
+    """Five steps on the toy data; names in options are folders of it."""
+    options = [str(folder / x) if x in ("init", "tied", "target") else x for x in options]
+    return train.main([*options, "--forget", str(folder / "forget25"), "--retain", str(folder / "retain75"), "--epochs", "5",
+                       "--batch-size", "4", "--lr", "1e-3", "--output", str(folder / output), *more])
+
+
+def stop_after(steps, number=signal.SIGTERM):
+    """A take_step that sends this process a signal during step number `steps`."""
+    take_step = train.take_step
+
+    def stopping(run, forget, retain, ref_logps, step, per_epoch):
+        if step + 1 == steps:
+            os.kill(os.getpid(), number)
+        return take_step(run, forget, retain, ref_logps, step, per_epoch)
+    return stopping
+
+
+def two_ranks(rank, folder, port):
+    """What each of the two processes does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for name, options in RUNS.items():
+        assert five_steps(folder, options, f"{name}-2") == 0
+    assert five_steps(folder, RUNS["tied"], "stopped-by-1", "--resume") == 0
+    original, train.take_step = train.take_step, stop_after(3)
+    assert five_steps(folder, RUNS["tied"], "stopped-by-2") == 128 + signal.SIGTERM
+    train.take_step = original
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_rank_runs(world):
+    """The folder in which two processes, and one, have made RUNS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "take_step", stop_after(3))
+        assert five_steps(world, RUNS["tied"], "stopped-by-1") == 128 + signal.SIGTERM
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(two_ranks, (world, port), nprocs=2)
+    for name, options in RUNS.items():
+        assert five_steps(world, options, f"{name}-1") == 0
+    return world
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_do_what_one_does(name, two_rank_runs):
+    ones, twos = (log(two_rank_runs / f"{name}-{n}") for n in (1, 2))
+    assert len(ones) == 11  # five steps, six probes
+    for x, y in zip(ones, twos, strict=True):
+        assert {k: v for k, v in y.items() if k != "tokens_per_s"} == pytest.approx(
+            {k: v for k, v in x.items() if k != "tokens_per_s"}, rel=1e-4, abs=1e-5)
+    one, two = (weights(two_rank_runs / f"{name}-{n}") for n in (1, 2))
+    start = weights(two_rank_runs / "target") if name in ("kl", "npo") else None
+    assert one.keys() == two.keys()
+    assert_close(two, one, 1e-5)
+    assert not start or max((one[k] - start[k]).abs().max() for k in one) > 1e-3
+
+
+def test_resuming_with_another_number_of_processes(two_rank_runs):
+    assert five_steps(two_rank_runs, RUNS["tied"], "stopped-by-2", "--resume") == 0
+    expected = weights(two_rank_runs / "tied-1")
+    for name in ("stopped-by-1", "stopped-by-2"):
+        assert_close(weights(two_rank_runs / name), expected, 1e-5)
+        assert [x["step"] for x in log(two_rank_runs / name) if "lr" in x] == [1, 2, 3, 4, 5]
