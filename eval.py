@@ -32,8 +32,8 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from data.load import (InputError, Parser, Prompt, collate, encode_answers, encode_prompts, find, length_batches,
-                       load_examples, load_pretrained, read_records)
+from data.load import (InputError, Parser, Prompt, check_writable, collate, encode_answers, encode_prompts, find,
+                       length_batches, load_examples, load_pretrained, load_skeleton, read_records)
 from data.porter import stem as porter_stem
 from simnpo import answer_hidden, answer_kl, check_head, head_logits
 
@@ -247,14 +247,21 @@ def tofu_files(forget):
     return files
 
 
+def tofu_records(path, limit):
+    """The first records of an evaluation file, checked."""
+    records = read_records(path, "question")[:limit]
+    for record in records:
+        if "perturbed_answer" not in record:
+            raise InputError(f"{path}:{record['line']}: no perturbed_answer, which the truth ratio needs")
+    return records
+
+
 def evaluate_tofu(model, tokenizer, files, options):
     """Per-example values of the four splits: {split: [record]}. Files as from tofu_files, options as from parse_args."""
     prompt = Prompt(options.template, options.system, options.date)
     questions, examples, counts = [], [], []
     for split, path in files.items():
-        for record in read_records(path)[:options.limit]:
-            if "question" not in record or "perturbed_answer" not in record:
-                raise InputError(f"{path}:{record['line']}: no question with a perturbed_answer, which the truth ratio needs")
+        for record in tofu_records(path, options.limit):
             answers = [record["answer"], record.get("paraphrased_answer"), *record["perturbed_answer"]]
             answers = [answer for answer in answers if answer is not None]
             questions.append((split, record))
@@ -357,8 +364,9 @@ def attempt(function, *args):
 
 # MUSE
 
-MUSE_FILES = ("verbmem/forget", "knowmem/forget_qa", "knowmem/forget_qa_icl", "knowmem/retain_qa", "knowmem/retain_qa_icl",
-              "privleak/forget", "privleak/holdout")
+MUSE_FILES = {"verbmem/forget": "prompt", "knowmem/forget_qa": "question", "knowmem/forget_qa_icl": "question",
+              "knowmem/retain_qa": "question", "knowmem/retain_qa_icl": "question",  # each with the field its records have
+              "privleak/forget": None, "privleak/holdout": None}
 AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}  # published with the benchmark: forget against holdout, Min-40%
 
 
@@ -408,10 +416,11 @@ def privleak_auc(values):
 
 
 def muse_metrics(values, auc_retrain):
-    """The column of one model, in the official percent. auc_retrain: a number, or None if not known."""
+    """The column of one model, in the official percent. auc_retrain: a number, None, or the reason why there is none."""
     def privleak():
-        if auc_retrain is None:
-            raise Undefined("needs the AUC of a model trained without the forget set: --reference MODEL, eval.json or number")
+        if isinstance(auc_retrain, str) or not auc_retrain:
+            raise Undefined(auc_retrain or "needs the AUC of a model trained without the forget set: --reference MODEL, "
+                            "eval.json or a number above 0")
         return 100 * (privleak_auc(values) - auc_retrain) / auc_retrain
 
     rows = {"VerbMem forget": "verbmem", "KnowMem forget": "knowmem_forget", "KnowMem retain": "knowmem_retain"}
@@ -425,9 +434,12 @@ def muse_metrics(values, auc_retrain):
 def evaluate_kl(model, tokenizer, files, options):
     """{file: [record]} with KL(reference || model) summed over each sequence's tokens, and their number."""
     reference, _ = load(options.reference, options)
+    sizes = [len(m.get_output_embeddings().weight) for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{options.reference}: {sizes[1]} logits a token, the model has {sizes[0]}; KL needs one vocabulary")
     values = {}
     for path in files:
-        examples = load_examples(path, tokenizer, context_length(model))
+        examples = load_examples(path, tokenizer, context_length(model))[:options.limit]
         values[relative(path)] = spread(_score_kl, model, examples, reference, options.max_tokens)
     return values
 
@@ -501,29 +513,53 @@ LOG_FILES = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
              "real_authors": "eval_real_author_wo_options.json", "world_facts": "eval_real_world_wo_options.json"}
 
 
-def entry_of(argument, key, settings, compute, options):
-    """The evaluation `key` of one model: what its eval.json holds if that still fits, else measured now and saved.
+def entries_of(arguments, key, settings, compute, options):
+    """{model: evaluation `key`}: what its eval.json holds if that still fits, else measured now and saved.
 
     A file, or a folder that holds an eval.json and no model, is only read. compute(model, tokenizer) gives the values.
     """
+    check_models(arguments, key, settings, options)  # all of them before the first is measured
+    return {argument: saved_entry(argument, key, settings, options) or measure(argument, key, settings, compute, options)
+            for argument in dict.fromkeys(arguments)}
+
+
+def check_models(arguments, key, settings, options):
+    """Find out before hours of work that a model to measure is not there, or that its results could not be saved."""
+    for argument in arguments:
+        if not saved_entry(argument, key, settings, options):
+            load_skeleton(argument)
+            check_writable(results_path(argument).parent)
+
+
+def saved_entry(argument, key, settings, options):
+    """The evaluation that need not be made, or None."""
     path = Path(argument)
     if path.is_file():
         return read_entry(path, key)
     if (path / "eval.json").is_file() and not (path / "config.json").is_file():
         return read_entry(path / "eval.json", key)
-    home = (path if path.is_dir() else Path("runs", argument.replace("/", "--"))) / "eval.json"
-    settings = {**settings, "weights": fingerprint(path)}
-    entry = read_json(home)["evaluations"].get(key) if home.exists() else None
-    if entry and entry["settings"] == settings and not options.force:
-        return entry
-    started = time.time()
+    path = results_path(argument)
+    entry = read_json(path)["evaluations"].get(key) if path.exists() else None
+    fits = isinstance(entry, dict) and entry.get("settings") == {**settings, "weights": fingerprint(Path(argument))}
+    return read_entry(path, key) if fits and not options.force else None
+
+
+def results_path(argument):
+    """The eval.json of a model."""
+    path = Path(argument)
+    return (path if path.is_dir() else Path("runs", argument.replace("/", "--"))) / "eval.json"
+
+
+def measure(argument, key, settings, compute, options):
+    """Evaluate one model and save the result."""
+    started, settings = time.time(), {**settings, "weights": fingerprint(Path(argument))}
     values = compute(*load(argument, options))
     run = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0],
            "device": options.device.type, "ranks": rank_and_world()[1], "batch_size": options.batch_size,
            "max_tokens": options.max_tokens, "seconds": round(time.time() - started, 1)}
     entry = {"settings": settings, "run": run, "values": values}
     if rank_and_world()[0] == 0:
-        save_entry(home, argument, key, entry)
+        save_entry(results_path(argument), argument, key, entry)
     if dist.is_initialized():
         dist.barrier()
     return entry
@@ -533,6 +569,7 @@ def save_entry(home, argument, key, entry):
     """Put one evaluation into an eval.json; the old file stays until the new one is whole."""
     home.parent.mkdir(parents=True, exist_ok=True)
     saved = read_json(home) if home.exists() else {"model": argument, "evaluations": {}}
+    saved["evaluations"].pop(key, None)  # the newest stands last
     saved["evaluations"][key] = entry
     beside = home.with_name(f".eval.json.{os.getpid()}")
     beside.write_text(json.dumps(saved, indent=1, allow_nan=False) + "\n")
@@ -541,17 +578,22 @@ def save_entry(home, argument, key, entry):
 
 def read_entry(path, key):
     """One evaluation from a file of any known kind. `key` may be only a mode (tofu), if the file has one of that mode."""
-    saved = read_json(path)
-    mode = key.split()[0]
+    saved, mode = read_json(path), key.split()[0]
     if "evaluations" in saved:
-        found = [k for k in saved["evaluations"] if k == key or key == mode and k.split()[0] == mode]
+        found = [k for k in saved["evaluations"] if k == key or key == mode and k.split(" ")[0] == mode]
         if len(found) != 1:
-            raise InputError(f"{path}: holds {', '.join(saved['evaluations'])}; asked for {key}"
+            raise InputError(f"{path}: holds {', '.join(saved['evaluations']) or 'nothing'}; asked for {key}"
                              + "; choose one with --forget" * (len(found) > 1))
-        return saved["evaluations"][found[0]]
-    if mode == "tofu":
-        return {"settings": None, "values": official_values(path, saved)}
-    raise InputError(f"{path}: an official TOFU log has no {mode} results")
+        entry = saved["evaluations"][found[0]]
+    elif mode == "tofu":
+        entry = {"settings": None, "values": official_values(path, saved)}
+    else:
+        raise InputError(f"{path}: an official TOFU log has no {mode} results")
+    try:
+        {"tofu": lambda v: tofu_metrics(v, v), "muse": lambda v: muse_metrics(v, None), "kl": kl_metrics}[mode](entry["values"])
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise InputError(f"{path}: its {mode} values are not those that eval.py writes ({type(e).__name__}: {e})") from None
+    return entry
 
 
 def official_values(path, log):
@@ -559,7 +601,8 @@ def official_values(path, log):
     try:
         if "forget_truth_ratio" in log:  # OpenUnlearning keeps 1/R
             scores = log["forget_truth_ratio"]["value_by_index"]
-            return {"forget": [{"truth_ratio": 1 / score["score"] if score["score"] else math.inf} for score in scores.values()]}
+            scores = [score["score"] for score in scores.values()]
+            return {"forget": [{"truth_ratio": None if math.isnan(x) else 1 / x if x else math.inf} for x in scores]}
         values = {}
         for split, name in LOG_FILES.items():
             fields = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")
@@ -577,7 +620,8 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict) or path.name == "eval.json" and not isinstance(value.get("evaluations"), dict):
+    ours = path.name == "eval.json" or isinstance(value, dict) and "evaluations" in value
+    if not isinstance(value, dict) or ours and not isinstance(value.get("evaluations"), dict):
         raise InputError(f"{path}: not an evaluation written by eval.py; move it away")
     return value
 
@@ -639,23 +683,25 @@ def labels(arguments):
 def tofu_columns(options):
     """{model: metrics} for --forget; without it, of files only."""
     key, settings, compute = "tofu", {}, None
+    arguments = [*[options.reference] * bool(options.reference), *options.models]
     if options.forget:
         files = tofu_files(options.forget)
+        for path in files.values():
+            tofu_records(path, options.limit)
         key = f"tofu {relative(find(options.forget))}"
         settings = {**vars_of(options, "template system date limit max_new_tokens dtype"), "data": digests(files.values())}
         compute = lambda model, tokenizer: evaluate_tofu(model, tokenizer, files, options)
-    elif any(Path(argument).is_dir() for argument in options.models):
-        raise InputError("--forget, --muse or --kl is needed: it says what to evaluate, for example --forget data/forget05")
-    arguments = list(options.models)
-    if options.forget and not options.reference and find(options.forget).resolve().parent == ROOT / "data":
-        target, options.reference = make_builtin(find(options.forget))
-        arguments = [target, options.reference, *arguments]
-    elif options.reference:
-        arguments = [options.reference, *arguments]
-    arguments = unique(arguments)
-    entries = {argument: entry_of(argument, key, settings, compute, options) for argument in arguments}
+        if not options.reference and find(options.forget).resolve().parent == ROOT / "data":
+            builtin = target, options.reference = builtin_models(find(options.forget))
+            check_models([m for m in options.models if m not in builtin], key, settings, options)
+            make_builtin(*builtin)
+            arguments = [*builtin, *arguments]
+    elif other := [argument for argument in arguments if not Path(argument).is_file()]:
+        raise InputError(f"{other[0]}: no saved results; to evaluate a model, --forget, --muse or --kl is needed: it says on "
+                         "what, for example --forget data/forget05")
+    entries = entries_of(arguments, key, settings, compute, options)
     reference = entries[options.reference]["values"] if options.reference else None
-    return {name: tofu_metrics(entry["values"], reference) for name, entry in zip(labels(arguments), entries.values())}
+    return {name: tofu_metrics(entry["values"], reference) for name, entry in zip(labels(entries), entries.values())}
 
 
 def muse_columns(options):
@@ -667,45 +713,54 @@ def muse_columns(options):
     try:
         auc = float(options.reference or "")
     except ValueError:
-        arguments = unique([*arguments, *[options.reference] * bool(options.reference)])
+        arguments = [*arguments, *[options.reference] * bool(options.reference)]
+    if auc is not None and not 0 < auc <= 1:
+        raise InputError(f"--reference {options.reference}: an AUC is above 0 and at most 1")
     files = [find(folder / name) for name in MUSE_FILES]
+    for path, kind in zip(files, MUSE_FILES.values()):
+        read_records(path, kind)
     settings = {**vars_of(options, "dtype"), "data": digests(files)}
     compute = lambda model, tokenizer: evaluate_muse(model, tokenizer, folder, options)
-    entries = {argument: entry_of(argument, f"muse {relative(folder)}", settings, compute, options) for argument in arguments}
+    entries = entries_of(arguments, f"muse {relative(folder)}", settings, compute, options)
     if options.reference in entries:
-        auc = privleak_auc(entries[options.reference]["values"])
-    return {name: muse_metrics(entry["values"], auc) for name, entry in zip(labels(arguments), entries.values())}
+        auc = attempt(privleak_auc, entries[options.reference]["values"])
+    return {name: muse_metrics(entry["values"], auc) for name, entry in zip(labels(entries), entries.values())}
 
 
 def kl_columns(options):
     if not options.reference:
         raise InputError("--kl needs --reference: the model to compare with")
     files = [find(path) for path in options.kl]
-    settings = {**vars_of(options, "dtype"), "data": digests(files), "reference": fingerprint(Path(options.reference))}
+    for path in files:
+        read_records(path)
+    load_skeleton(options.reference)
+    settings = {**vars_of(options, "limit dtype"), "data": digests(files), "reference": fingerprint(Path(options.reference))}
     key = " ".join(["kl", options.reference, *map(relative, files)])
     compute = lambda model, tokenizer: evaluate_kl(model, tokenizer, files, options)
-    entries = [entry_of(argument, key, settings, compute, options) for argument in options.models]
-    return {name: kl_metrics(entry["values"]) for name, entry in zip(labels(options.models), entries)}
+    entries = entries_of(options.models, key, settings, compute, options)
+    return {name: kl_metrics(entry["values"]) for name, entry in zip(labels(entries), entries.values())}
 
 
-def make_builtin(forget):
-    """runs/target and the retain-only model that belongs to a built-in forget set, made by train.py if missing."""
+def builtin_models(forget):
+    """runs/target and the retain-only model that belongs to a built-in forget set."""
     percent = forget.stem.removeprefix("forget").removesuffix("_perturbed")
     if not percent.isdigit():
         raise InputError(f"{forget}: not one of the built-in forget sets; pass --reference")
-    retain = f"retain{100 - int(percent)}"
-    for name, data in (("target", "full"), (retain, retain)):
-        folder = Path("runs", name)
-        if not (folder / "config.json").exists() and not (folder / "eval.json").exists():
+    return str(Path("runs", "target")), str(Path("runs", f"retain{100 - int(percent)}"))
+
+
+def make_builtin(target, reference):
+    """Have train.py make the two, if they are missing."""
+    for folder, data in ((target, "full"), (reference, Path(reference).name)):
+        if not Path(folder, "config.json").exists() and not Path(folder, "eval.json").exists():
             if dist.is_initialized():
                 raise InputError(f"{folder}: not made yet; run this once without torchrun, or python train.py --retain "
                                  f"data/{data} --output {folder}")
             print(f"Making {folder} first, once", file=sys.stderr)
             command = [sys.executable, ROOT / "train.py", "--retain", ROOT / "data" / data, "--output", folder]
-            done = subprocess.run([*map(str, command), *["--resume"] * folder.exists()], stdout=sys.stderr)
+            done = subprocess.run([*map(str, command), *["--resume"] * Path(folder).exists()], stdout=sys.stderr)
             if done.returncode:
                 sys.exit(done.returncode)
-    return str(Path("runs", "target")), str(Path("runs", retain))
 
 
 def vars_of(options, names):
@@ -714,10 +769,6 @@ def vars_of(options, names):
 
 def digests(paths):
     return {relative(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
-
-
-def unique(arguments):
-    return list({os.path.normpath(argument): argument for argument in arguments}.values())
 
 
 def parse_args(argv=None):
@@ -734,7 +785,7 @@ def parse_args(argv=None):
     a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
     a("--system", help="system message of the chat; as in training")
     a("--date", help="date_string of the chat template; as in training")
-    a("--limit", type=positive, default=300, help="first records of each TOFU split; default 300, the official runs'")
+    a("--limit", type=positive, default=300, help="first records of each TOFU split or --kl file; default 300, the official runs'")
     a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200, the official one")
     a("--dtype", choices=list(DTYPES), help="of the weights. Default: fp32 on a CPU, bf16 (the official one) on a GPU; only "
       "fp32 results are independent of the batch size")
@@ -745,6 +796,9 @@ def parse_args(argv=None):
     options = parser.parse_args(argv)
     if sum(map(bool, (options.forget, options.muse, options.kl))) > 1:
         raise InputError("--forget, --muse and --kl: give one of them")
+    Prompt(options.template)  # refuses a bad one before any work
+    options.models = list(dict.fromkeys(map(os.path.normpath, options.models)))
+    options.reference = options.reference and os.path.normpath(options.reference)
     cuda = torch.cuda.is_available()
     options.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     options.dtype = options.dtype or ("bf16" if cuda else "fp32")
@@ -753,8 +807,8 @@ def parse_args(argv=None):
 
 
 def positive(text):
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 10**12):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0 (and at most 10^12)")
     return int(text)
 
 
@@ -770,6 +824,9 @@ def main(argv=None):
     except (InputError, OSError) as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     if rank_and_world()[0] == 0:
         print(format_table(columns, options.markdown))
     return 0

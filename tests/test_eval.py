@@ -137,10 +137,10 @@ def test_generation_is_that_of_transformers(pair, batch_size):
     want = []
     for prompt in prompts:
         new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                             max_new_tokens=40, do_sample=False, pad_token_id=1)[0, len(prompt):].tolist()
+                             max_new_tokens=30, do_sample=False, pad_token_id=1)[0, len(prompt):].tolist()
         want.append(new[:new.index(1)] if 1 in new else new)
-    assert evaluation.generate(model, prompts, tokenizer, 40, batch_size) == want
-    assert len({len(x) for x in want}) > 3 and max(map(len, want)) == 40  # some end early, some never
+    assert evaluation.generate(model, prompts, tokenizer, 30, batch_size) == want
+    assert len({len(x) for x in want}) > 3 and max(map(len, want)) == 30  # some end early, some never
 
 
 def test_generation_stops_at_the_end_of_the_context(tmp_path):
@@ -155,9 +155,9 @@ def test_generation_stops_at_the_end_of_the_context(tmp_path):
 # TOFU
 
 def test_same_table_for_any_batch_size(pair, tofu):
-    assert run(*pair, "--forget", tofu, "--max-new-tokens", 50, "--batch-size", 64) == 0
+    assert run(*pair, "--forget", tofu, "--max-new-tokens", 25, "--batch-size", 64) == 0
     wide = [numbers(m) for m in pair]
-    assert run(*pair, "--forget", tofu, "--max-new-tokens", 50, "--batch-size", 1, "--max-tokens", 1, "--force") == 0
+    assert run(*pair, "--forget", tofu, "--max-new-tokens", 25, "--batch-size", 1, "--max-tokens", 1, "--force") == 0
     narrow = [numbers(m) for m in pair]
     assert wide is not narrow
     same(wide, narrow, 1e-5)

@@ -155,10 +155,10 @@ def test_chat_agrees_with_the_template_over_the_whole_conversation(name):
     assert found.input_ids[:-1] == whole[:-1]
 
 
-@pytest.mark.parametrize("prompt", [Prompt("chat"), Prompt("{q}"), Prompt("chatty")])
-def test_unusable_template(prompt):
+@pytest.mark.parametrize("template", ["chat", "{q}", "chatty"])
+def test_unusable_template(template):
     with pytest.raises(InputError, match="--template"):
-        encode("gpt2", prompt)
+        encode("gpt2", Prompt(template))
 
 
 def test_many_at_once_keep_their_order():
