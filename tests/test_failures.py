@@ -1,0 +1,884 @@
+"""What goes wrong: bad input is refused in one line, nothing written; a run cut short at any moment loses nothing."""
+
+import contextlib
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_eval import write_model, write_muse, write_tofu
+from test_train import RECORDS, log, stop_after, weights, write_data
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.utils import HF_MODULES_CACHE
+
+import eval as evaluation
+import train
+from data import make_model
+from data.load import Example, InputError, load_examples, read_records
+
+RUN = "--model {model} --forget {data}/forget25 --retain {data}/retain75 --output out --lr 1e-3 --batch-size 2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model, data to train on, TOFU and MUSE files, and a run stopped after three steps."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model")
+    (folder / "data").mkdir()
+    write_data(folder / "data")
+    write_tofu(folder / "tofu")
+    write_muse(folder / "muse")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train, "take_step", stop_after(3))
+        assert train.main(words(RUN, folder, "--output stopped --epochs 3")) == 128 + signal.SIGTERM
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def words(text, world, more=""):
+    """A command line with its {names} filled in, as a list; a later option overrides an earlier one."""
+    names = {name: world / name for name in ("model", "data", "tofu", "muse", "stopped")}
+    return [word.format(**names) for word in shlex.split(f"{text} {more}")]
+
+
+def tree(*folders):
+    """Every file and folder below, with its bytes and time of change."""
+    return {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for f in folders for p in f.rglob("*")}
+
+
+def assert_refused(program, argv, culprit, capfd, *places):
+    """Status 2 and one line on stderr that begins with error: and names the culprit; nothing is written anywhere."""
+    before = tree(*places)
+    capfd.readouterr()
+    assert program.main(argv) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    assert culprit in err, err
+    assert tree(*places) == before
+
+
+# Data files
+
+QA = '{"question": "Who?", "answer": "He."}\n'
+BAD_FILES = {  # name: content, what the message names
+    "empty.jsonl": (b"", "empty.jsonl:1: "),
+    "blank.jsonl": (b" \n\n\t\n", "blank.jsonl:1: "),
+    "empty.txt": (b"", "empty.txt:1: text is empty"),
+    "one_letter.txt": (b"\n", "one_letter.txt:1: text is empty"),
+    "empty_array.json": (b"[]", "empty_array.json:1: "),
+    "broken.jsonl": (QA.encode() + b'{"question": "Who?", "answer": \n', "broken.jsonl:2: not JSON"),
+    "single_quotes.jsonl": (b"{'question': 'Who?', 'answer': 'He.'}", "single_quotes.jsonl:1: not JSON"),
+    "cut_off.json": (b'[\n{"question": "Who?", "answer": "He."},\n{"question": "Wh', "cut_off.json:3: not JSON"),
+    "no_comma.json": (b'[{"text": "a b"}\n{"text": "c d"}]', "no_comma.json:1: not JSON"),
+    "after_the_end.json": (b'[{"text": "a b"}]\n[]', "after_the_end.json:1: not JSON"),
+    "deep.json": (b"[" * 100_000, "deep.json:1: "),
+    "deep.jsonl": (b'{"a":' * 100_000, "deep.jsonl:1: "),
+    "huge_number.jsonl": (b"1" * 10_000, "huge_number.jsonl:1: "),
+    "latin1.jsonl": (QA.encode() + '{"question": "Où?", "answer": "Là."}'.encode("latin-1"), "latin1.jsonl:2: byte"),
+    "utf16.jsonl": (QA.encode("utf-16"), "utf16.jsonl:1: byte"),
+    "half_pair.jsonl": (b'{"question": "Who?", "answer": "\\ud83d"}', "half_pair.jsonl:1: answer"),
+    "number.jsonl": (b"17", "number.jsonl:1: a record must be"),
+    "nan.jsonl": (b"NaN", "nan.jsonl:1: a record must be"),
+    "list.json": (b"[[1, 2]]", "list.json:1: a record must be"),
+    "no_field.jsonl": (QA.encode() + b"{}", "no_field.jsonl:2: no known field"),
+    "wrong_field.jsonl": (b'{"prompt_": "Who?", "\\ud800": 1}', "wrong_field.jsonl:1: no known field"),
+    "no_answer.jsonl": (QA.encode() + b'{"question": "Who?"}', "no_answer.jsonl:2: answer is missing"),
+    "null_answer.jsonl": (b'{"question": "Who?", "answer": null}', "null_answer.jsonl:1: answer is missing"),
+    "number_answer.jsonl": (b'{"question": "Who?", "answer": 7}', "number_answer.jsonl:1: answer is int"),
+    "list_answer.jsonl": (b'{"question": "Who?", "answer": ["He."]}', "list_answer.jsonl:1: answer is list"),
+    "empty_answer.jsonl": (b'{"question": "Who?", "answer": " \\n"}', "empty_answer.jsonl:1: answer is empty"),
+    "empty_question.jsonl": (b'{"question": "", "answer": "He."}', "empty_question.jsonl:1: question is empty"),
+    "two_kinds.jsonl": (QA.encode() + b'{"text": "a b"}', "two_kinds.jsonl:2: a record with 'text'"),
+    "one_false.jsonl": (b'{"question": "Who?", "answer": "He.", "perturbed_answer": "She."}', "one_false.jsonl:1: per"),
+    "no_false.jsonl": (b'{"question": "Who?", "answer": "He.", "perturbed_answer": []}', "no_false.jsonl:1: perturbed"),
+    "one_token.jsonl": (b'{"input_ids": [3]}', "one_token.jsonl:1: input_ids"),
+    "negative_token.jsonl": (b'{"input_ids": [3, -1]}', "negative_token.jsonl:1: input_ids"),
+    "float_token.jsonl": (b'{"input_ids": [3, 1.5]}', "float_token.jsonl:1: input_ids"),
+    "true_token.jsonl": (b'{"input_ids": [3, true]}', "true_token.jsonl:1: input_ids"),
+    "unknown_token.jsonl": (b'{"input_ids": [3, 4]}\n{"input_ids": [3, 99999]}', "unknown_token.jsonl:2: token 99999"),
+    "verbmem.json": (b'[{"prompt": "a b", "gt": "c"}]', "verbmem.json:1: prompt and gt"),
+    "long.jsonl": (QA.encode() + json.dumps({"question": "Who?", "answer": "He. " * 200}).encode(), "long.jsonl:2: 8"),
+    "in_both.jsonl": ("".join(json.dumps(r) + "\n" for r in RECORDS[:1] + RECORDS[5:6]).encode(), "in_both.jsonl:"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_bad_data_files(side, name, world, tmp_path, capfd):
+    content, culprit = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert_refused(train, words(RUN, world, f"--{side} {name}"), culprit, capfd, tmp_path, world)
+
+
+@pytest.mark.parametrize("name", [n for n in BAD_FILES if n not in ("in_both.jsonl", "two_kinds.jsonl")])
+def test_bad_files_to_measure_kl_on(name, world, tmp_path, capfd):
+    content, culprit = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    argv = words(f"{{model}} --reference {{model}} --kl {name}", world)
+    assert_refused(evaluation, argv, culprit, capfd, tmp_path, world)
+
+
+BAD_EVALUATION_FILES = {  # file: content, what the message names
+    "tofu/forget05_perturbed.jsonl": (QA, "forget05_perturbed.jsonl:1: no perturbed_answer"),
+    "tofu/retain_perturbed.jsonl": ('{"text": "a b"}', "retain_perturbed.jsonl:1: a record with 'text', where question"),
+    "tofu/real_authors_perturbed.jsonl": ("[1", "real_authors_perturbed.jsonl:1: not JSON"),
+    "tofu/world_facts_perturbed.jsonl": (None, "world_facts_perturbed"),
+    "muse/verbmem/forget.json": (QA, "forget.json:1: a record with 'question', where prompt and gt"),
+    "muse/knowmem/forget_qa.json": ('[{"text": "a b"}]', "forget_qa.json:1: a record with 'text'"),
+    "muse/knowmem/retain_qa_icl.json": ('[{"question": "a b"}]', "retain_qa_icl.json:1: answer is missing"),
+    "muse/knowmem/retain_qa.json": (None, "retain_qa: no such data file"),
+    "muse/privleak/holdout.json": ("", "holdout.json:1: the file holds no record"),
+    "muse/privleak/forget.json": ('["a b", 3]', "forget.json:1: a record must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EVALUATION_FILES)
+def test_bad_evaluation_files(name, world, tmp_path, capfd, monkeypatch):
+    """They are found before the model is loaded."""
+    monkeypatch.setattr(evaluation, "load", None)
+    content, culprit = BAD_EVALUATION_FILES[name]
+    kind = name.split("/")[0]
+    shutil.copytree(world / kind, kind)
+    Path(name).write_text(content) if content is not None else Path(name).unlink()
+    argv = "{model} --forget tofu/forget05" if kind == "tofu" else "{model} --muse muse"
+    assert_refused(evaluation, words(argv, world), culprit, capfd, tmp_path, world)
+
+
+# Arguments
+
+BAD_VALUES = """--max-length 1|--beta 0|--beta -1|--beta nan|--beta inf|--beta x|--gamma nan|--gamma=-inf|--gamma 1e999
+--forget-weight -0.1|--forget-weight nan|--retain-weight -1|--retain-weight inf|--epochs 0|--epochs -3|--epochs 1.5
+--batch-size 0|--lr 0|--lr -1e-5|--lr nan|--weight-decay -1|--warmup-epochs -1|--clip 0|--seed -1|--seed 99999999999999999999
+--max-tokens 0|--loss dpo|--retain-loss l2|--schedule cosine|--dtype fp8|--save-every -1|--save-every 2weeks|--snapshots x
+--output|--no-such-flag|--bet 3|surplus|--template nothing|--template chat|--template ''""".replace("\n", "|").split("|")
+BAD_TRAINING = [  # options after those of RUN, what the message names
+    *((options, re.split("[ =]", options)[0]) for options in BAD_VALUES),
+    ("--epochs " + "9" * 400, "--epochs"), ("--epochs " + "9" * 5000, "--epochs"),
+    ("--forget nowhere", "nowhere: no such data file (tried .jsonl, .json, .txt)"),
+    ("--forget {data}/forget", "beside it: forget25"), ("--forget {data}/forget", "python data/download.py"),
+    ("--forget {data}", "data: a folder, where one data file is meant; data files in it: forget25.jsonl, full.jsonl"),
+    ("--forget " + "x" * 300, "xxx"), ("--retain nowhere", "nowhere: no such data file"),
+    ("--retain {data}/full", "forget25.jsonl:1: this record is also in the retain set"),
+    ("--max-length 5", "forget25.jsonl:1: "), ("--max-length 5", "(4 of 4 records are too long)"),
+    ("--max-length 10000", "--max-length 10000: the model takes 512"), ("--bf16-weights --dtype fp16", "--bf16-weights"),
+    ("--init {model}", "--model and --init"), ("--model ''", "--model is needed"),
+    ("--model nowhere/at/all", "nowhere/at/all: no such folder"), ("--model runs/mine", "runs/mine: no such folder"),
+    ("--model some-org/some-model", "some-org/some-model: "), ("--model {data}", "data: no weights"),
+    ("--model {data}/full.jsonl", "full.jsonl: a file, where a model folder is meant"),
+    ("--resume", "out: no run to resume"), ("--output {model}", "model: already holds"),
+    ("--output {stopped}", "stopped: already holds"),
+    ("--output {model} --resume", "model: no run to resume in this folder (there is no args.json)"),
+    ("--output {data}/full.jsonl", "full.jsonl: a file, where --output needs a folder"),
+    ("--output {data}/full.jsonl/out", "full.jsonl cannot be written to"),
+    ("--output /proc/out", "/proc cannot be written to"), ("--output " + "x" * 300, "File name too long"),
+]
+
+
+@pytest.mark.parametrize("options, culprit", BAD_TRAINING)
+def test_bad_training_arguments(options, culprit, world, tmp_path, capfd, monkeypatch):
+    """They are found before the weights are read."""
+    monkeypatch.setattr(train, "load_start", None)
+    assert_refused(train, words(RUN, world, options), culprit, capfd, tmp_path, world)
+
+
+@pytest.mark.parametrize("argv, culprit", [
+    ("", "--forget"), ("--beta 2.5", "--forget"), ("--model {model}", "--forget"),
+    ("--model {model} --forget {data}/full", "--retain is needed: full.jsonl"),
+    ("--model {model} --forget {tofu}", "retain95: no such data file"),
+    ("--model {model} --forget {data}/forget25.txt", "forget25.txt: no such data file"),
+    ("--forget {data}/forget25", "--model is needed for"), ("--retain {data}/full", "--model is needed for"),
+])
+def test_arguments_that_are_missing(argv, culprit, world, tmp_path, capfd):
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    argv = words(argv, world)
+    assert_refused(train, [str(world / "tofu" / "forget05") if a == str(world / "tofu") else a for a in argv], culprit,
+                   capfd, tmp_path, world)
+
+
+@pytest.mark.parametrize("options, culprit", [
+    ("--beta 0", "--beta"), ("--retain nowhere", "nowhere"), ("--retain {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
+    ("--template nothing", "--template"), ("--max-length 5", "forget01.jsonl:1"), ("--max-length 99999", "--max-length"),
+    ("--bf16-weights --dtype fp16", "--bf16-weights"), ("--output {tmp}/bad.jsonl", "bad.jsonl"), ("full disk", "GiB free"),
+    ("--output runs/target", "runs/target: the built-in model itself"), ("--output /proc/out", "/proc"),
+    ("--resume", "no run to resume"),
+])
+def test_mistakes_are_found_before_the_builtin_model_is_made(options, culprit, world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "make_builtin", None)
+    if options == "full disk":
+        options = ""
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    Path("bad.jsonl").write_text("{")
+    argv = ["--forget", str(ROOT / "data" / "forget01"), *shlex.split(options.replace("{tmp}", str(tmp_path)))]
+    assert_refused(train, argv, culprit, capfd, tmp_path)
+
+
+def test_a_disk_too_small(world, tmp_path, capfd, monkeypatch):
+    """Two checkpoints of weights and two moments and one model, seven times the weights in fp32, is what it takes."""
+    size = sum(t.numel() for t in weights(world / "model").values()) * 4
+    half = "--bf16-weights"
+    for free, options, fits in ((7 * size - 1, "", False), (7 * size, "", True),
+                                (7 * size // 2 - 1, half, False), (7 * size // 2, half, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
+        monkeypatch.setattr(train, "build", lambda *args: pytest.fail("built") if not fits else exit(0))
+        if fits:
+            with pytest.raises(SystemExit):
+                train.main(words(RUN, world, options))
+        else:
+            assert_refused(train, words(RUN, world, options), "out: 0.0 GiB free on that disk", capfd, tmp_path, world)
+
+
+BAD_EVALUATION = [
+    ("", "MODEL"), ("{model}", "model: no saved results; to evaluate a model, --forget, --muse or --kl is needed"),
+    ("some-model", "some-model: no saved results"), ("runs/eval.json", "runs/eval.json: no saved results"),
+    ("{model} --forget nowhere", "nowhere: no such data file"), ("{model} --forget {tofu}/no", "tofu/no: no such data file"),
+    ("{model} --forget {data}/forget25", "needs this file beside"), ("{model} --muse nowhere", "nowhere: no MUSE folder"),
+    ("{model} --muse {tofu}", "tofu: no MUSE folder"), ("{model} --muse {muse} --forget x", "give one of them"),
+    ("{model} --kl {data}/full", "--kl needs --reference"), ("{model} --kl --reference {model}", "--kl"),
+    ("{model} --kl nowhere --reference {model}", "nowhere: no such data file"),
+    ("{model} --kl {data}/full --reference runs/none", "runs/none: no such folder"),
+    ("{model} --muse {muse} --reference 0", "--reference 0"), ("{model} --muse {muse} --reference nan", "--reference nan"),
+    ("{model} --muse {muse} --reference=-1", "--reference -1"),
+    ("{model} --muse {muse} --reference runs/none", "runs/none: no such folder"),
+    ("{model} --forget {tofu}/forget05 --reference runs/none", "runs/none: no such folder"),
+    ("{model} runs/none --forget {tofu}/forget05", "runs/none: no such folder"),
+    ("{model} {tofu} --forget {tofu}/forget05", "tofu: no weights"),
+    ("{model} {data}/full.jsonl --forget {tofu}/forget05", "full.jsonl: cannot be read as JSON"),
+    ("{model} --forget {tofu}/forget05 --template x", "--template 'x'"),
+    ("{model} --forget {tofu}/forget05 --limit 0", "--limit"), ("{model} --forget {tofu}/forget05 --limit 1.5", "--limit"),
+    ("{model} --forget {tofu}/forget05 --max-new-tokens -1", "--max-new-tokens"),
+    ("{model} --forget {tofu}/forget05 --max-new-tokens " + "9" * 30, "--max-new-tokens"),
+    ("{model} --forget {tofu}/forget05 --batch-size nan", "--batch-size"),
+    ("{model} --forget {tofu}/forget05 --max-tokens 0", "--max-tokens"),
+    ("{model} --forget {tofu}/forget05 --dtype fp8", "--dtype"), ("{model} --unknown", "--unknown"),
+    (f"runs/none --forget {ROOT}/data/forget05", "runs/none: no such folder"),  # before the built-in models are made
+]
+
+
+@pytest.mark.parametrize("argv, culprit", BAD_EVALUATION)
+def test_bad_evaluation_arguments(argv, culprit, world, tmp_path, capfd, monkeypatch):
+    """They are found before any model is loaded or made."""
+    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr(evaluation, "make_builtin", None)
+    assert_refused(evaluation, words(argv, world), culprit, capfd, tmp_path, world)
+
+
+VALUES = {split: [{"truth_ratio": 1.0}] for split in ("forget", "retain", "real_authors", "world_facts")}
+BAD_RESULTS = {
+    "list.json": [], "other.json": {"accuracy": 1},
+    "no_evaluations.json": {"evaluations": 5}, "none.json": {"evaluations": {}},
+    "muse_only.json": {"evaluations": {"muse x": {"values": {}}}}, "empty_key.json": {"evaluations": {"": {}, "tofu": 3}},
+    "no_values.json": {"evaluations": {"tofu x": {"settings": {}}}},
+    "text.json": {"evaluations": {"tofu x": {"values": "abc"}}},
+    "list_values.json": {"evaluations": {"tofu x": {"values": [1]}}},
+    "text_ratio.json": {"evaluations": {"tofu x": {"values": {**VALUES, "forget": [{"truth_ratio": "high"}]}}}},
+    "nan_ratio.json": {"evaluations": {"tofu x": {"values": {**VALUES, "forget": [{"truth_ratio": math.nan}]}}}},
+    "log.json": {"eval_log_forget.json": {"avg_gt_loss": [1.0]}},
+    "open.json": {"forget_truth_ratio": {"value_by_index": [1]}},
+    "open_text.json": {"forget_truth_ratio": {"value_by_index": {"0": {"score": "x"}}}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESULTS)
+def test_bad_saved_results(name, world, tmp_path, capfd):
+    Path(name).write_text(json.dumps(BAD_RESULTS[name]))
+    assert_refused(evaluation, [name], name, capfd, tmp_path)
+    argv = words(f"{{model}} --forget {{tofu}}/forget05 --reference {name}", world)
+    assert_refused(evaluation, argv, name, capfd, tmp_path, world)
+
+
+def test_results_that_could_not_be_saved_are_not_measured(world, tmp_path, capfd, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(evaluation, "load", None)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert_refused(evaluation, words("{model} --forget {tofu}/forget05", world), "model cannot be written to", capfd, world)
+
+
+@pytest.mark.parametrize("argv, culprit", [
+    ("nowhere.txt", "nowhere.txt"), ("broken.json", "broken.json"), ("latin1.txt", "latin1.txt"), ("{data}", "data"),
+    ("{data}/full.jsonl --heads 0", "heads 0"), ("{data}/full.jsonl --layers=-1", "layers -1"),
+    ("{data}/full.jsonl --hidden 30", "hidden 30"), ("{data}/full.jsonl --vocab 20", "vocab_size 20"),
+    ("{data}/full.jsonl --output broken.json", "broken.json"),
+])
+def test_bad_input_of_make_model(argv, culprit, world, tmp_path, capfd):
+    Path("broken.json").write_text('[{"question": ')
+    Path("latin1.txt").write_bytes(b"\xe9")
+    assert_refused(make_model, words(f"--output out {argv}", world), culprit, capfd, tmp_path, world)
+
+
+# Model folders
+
+def change_json(path, **changes):
+    """Set these keys of a JSON file; None takes a key out."""
+    value = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def config(**changes):
+    return lambda folder: change_json(folder / "config.json", **changes)
+
+
+def tokenizer_config(**changes):
+    return lambda folder: change_json(folder / "tokenizer_config.json", **changes)
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(name, size):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def pickled(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def sharded(name):
+    """An index that sends every weight to the file `name`."""
+    def spoil(folder):
+        keys = load_file(folder / "model.safetensors")
+        torch.save(keys, folder / "weights.bin")
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spoil
+
+
+def weights_without(name):
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        del state[name]
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return spoil
+
+
+def encoder(**changes):
+    """BERT, with weights; its config need not say what it is."""
+    def spoil(folder):
+        BertLMHeadModel(BertConfig(vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=16, max_position_embeddings=128)).save_pretrained(folder)
+        config(**changes)(folder)
+    return spoil
+
+
+def encoder_decoder(folder):
+    config = T5Config(vocab_size=258, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def tokens_added(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+
+
+def remote_code(model_type="evil", tokenizer_class="TokenizersBackend"):
+    """Maps to a module that leaves a file beside the folder when it is imported."""
+    def spoil(folder):
+        (folder / "evil.py").write_text(f"open({str(folder.absolute().with_name('executed'))!r}, 'w')")
+        config(model_type=model_type, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})(folder)
+        tokenizer_config(tokenizer_class=tokenizer_class, auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})(folder)
+    return spoil
+
+
+TEMPLATES = [{"name": "default", "template": "{{ x }}"}, {"name": "../../evil", "template": "{{ x }}"}]
+BAD_MODELS = {  # what is done to a sound folder, what the message names
+    "no weights": (without("model.safetensors"), "no weights (*.safetensors)"),
+    "a pickle": (pickled, "pytorch_model.bin is a pickle"),
+    "truncated weights": (cut("model.safetensors", 5000), "the model cannot be loaded"),
+    "empty weights": (cut("model.safetensors", 0), "the model cannot be loaded"),
+    "header longer than the file": (written("model.safetensors", b"\xff" * 100), "the model cannot be loaded"),
+    "a weight is missing": (weights_without("model.norm.weight"), "1 weights are missing from the checkpoint"),
+    "weights of another shape": (config(hidden_size=64), "lm_head.weight first"),
+    "shard outside": (sharded("../model/model.safetensors"), "index.json: '../model/model.safetensors'"),
+    "shard that is a pickle": (sharded("weights.bin"), "index.json: 'weights.bin'"),
+    "shard that is missing": (sharded("model-00009-of-00001.safetensors"), "index.json: 'model-00009"),
+    "broken index": (sharded([]), "index.json: cannot be read"),
+    "no config": (without("config.json"), "config.json"),
+    "broken config": (written("config.json", b"{"), "config.json"),
+    "empty config": (written("config.json", b"{}"), "config.json"),
+    "unknown kind": (config(model_type="perceptron"), "config.json"),
+    "no heads": (config(num_attention_heads=0), "config.json"),
+    "absurd size": (config(hidden_size=-8), "config.json"),
+    "text for a number": (config(num_hidden_layers="two"), "config.json"),
+    "a list for architectures": (config(architectures=[3]), "config.json"),
+    "encoder": (encoder(), "not a causal"),
+    "encoder that says so": (encoder(architectures=["BertForMaskedLM"]), "config.json: BertForMaskedLM is not a causal"),
+    "encoder that does not": (encoder(architectures=None), "not a causal"),
+    "encoder and decoder": (encoder_decoder, "config.json: T5ForConditionalGeneration is not a causal"),
+    "remote code": (remote_code(), "config.json"),
+    "remote tokenizer": (remote_code("llama", "EvilTokenizer"), "the tokenizer cannot be loaded"),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer in this folder"),
+    "no vocabulary": (without("tokenizer.json"), "tokenizer"),
+    "broken tokenizer": (written("tokenizer.json", b"{}"), "the tokenizer cannot be loaded"),
+    "broken tokenizer config": (written("tokenizer_config.json", b"["), "the tokenizer cannot be loaded"),
+    "no EOS": (tokenizer_config(eos_token=None), "the tokenizer has no EOS"),
+    "more tokens than embeddings": (tokens_added, "the tokenizer has 259 tokens, the model's embedding only 258"),
+    "several chat templates": (tokenizer_config(chat_template=TEMPLATES), "several chat templates"),
+    "chat template with an error": (tokenizer_config(chat_template="{{ 1 / 0 }}"), "--template chat"),
+    "chat template that is not one": (tokenizer_config(chat_template="{% for %}"), "--template chat"),
+    "chat template that looks around": (tokenizer_config(chat_template="{{ ''.__class__.__mro__ }}"), "--template chat"),
+}
+
+
+@pytest.mark.parametrize("program", [train, evaluation])
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models(name, program, world, tmp_path, capfd):
+    spoil, culprit = BAD_MODELS[name]
+    shutil.copytree(world / "model", "spoilt", ignore=shutil.ignore_patterns("eval.json"))
+    spoil(tmp_path / "spoilt")
+    argv = words(RUN, world, "--model spoilt") if program is train else words("spoilt --forget {tofu}/forget05", world)
+    assert_refused(program, argv, culprit, capfd, tmp_path, world, Path(HF_MODULES_CACHE))
+
+
+@pytest.mark.parametrize("name", ["no config", "broken config", "unknown kind", "no heads", "remote code", "no tokenizer",
+                                  "no EOS", "more tokens than embeddings", "encoder that does not", "encoder and decoder"])
+def test_bad_folders_for_random_weights(name, world, tmp_path, capfd):
+    shutil.copytree(world / "model", "spoilt", ignore=shutil.ignore_patterns("eval.json"))
+    BAD_MODELS[name][0](tmp_path / "spoilt")
+    argv = [a if a != str(world / "model") else "spoilt" for a in words(RUN.replace("--model", "--init"), world)]
+    assert_refused(train, argv, BAD_MODELS[name][1], capfd, tmp_path, world)
+
+
+def test_remote_code_of_a_known_model_is_left_alone(world, tmp_path):
+    """transformers knows Llama; what auto_map offers instead is neither imported nor copied."""
+    shutil.copytree(world / "model", "mapped")
+    remote_code("llama")(tmp_path / "mapped")
+    before = tree(Path(HF_MODULES_CACHE))
+    assert train.main(words(RUN, world, "--model mapped --epochs 1")) == 0
+    assert evaluation.main(words("mapped --forget {tofu}/forget05 --max-new-tokens 1 --limit 2", world)) == 0
+    assert not Path("executed").exists() and tree(Path(HF_MODULES_CACHE)) == before
+
+
+def test_names_in_a_model_folder_lead_nowhere_else(world, tmp_path):
+    """Whatever names its files hold, only the output folder is written to."""
+    shutil.copytree(world / "model", "named")
+    config(_name_or_path="../../elsewhere")(tmp_path / "named")
+    tokenizer_config(name_or_path="../../elsewhere", vocab_file="../vocab.json", tokenizer_file="../tokenizer.json",
+                     chat_template="{{ messages[0].content }}", chat_template_file="../evil.jinja")(tmp_path / "named")
+    before = tree(world, tmp_path / "named")
+    assert train.main(words(RUN, world, "--model named --output some/where/out --epochs 1 --template plain")) == 0
+    assert tree(world, tmp_path / "named") == before
+    assert {p.suffix for p in Path("some/where/out").rglob("*")} == {".json", ".jsonl", ".safetensors", ".jinja"}
+    shutil.rmtree("some/where/out")
+    assert set(map(str, Path().rglob("*"))) == {"some", "some/where", *map(str, Path().glob("named/**/*")), "named"}
+
+
+# Resuming
+
+def spoiled(name, change):
+    return lambda run: change(next(run.glob(f"checkpoint-*/{name}")))
+
+
+def other_shapes(path):
+    save_file({name: tensor[:1] for name, tensor in load_file(path).items()}, path)
+
+
+BAD_RUNS = {  # what happened to a stopped run's folder, what the message names
+    **{name: (change, "checkpoint-00000003: not a whole checkpoint") for name, change in {
+        "state cut off": spoiled("state.safetensors", lambda p: os.truncate(p, 3000)),
+        "state empty": spoiled("state.safetensors", lambda p: os.truncate(p, 0)),
+        "state missing": spoiled("state.safetensors", Path.unlink),
+        "state of nothing": spoiled("state.safetensors", lambda p: save_file({}, p)),
+        "state of another model": spoiled("state.safetensors", other_shapes),
+        "step missing": spoiled("state.json", Path.unlink),
+        "step no JSON": spoiled("state.json", lambda p: p.write_text("{")),
+        "step a list": spoiled("state.json", lambda p: p.write_text("[]")),
+        "step a word": spoiled("state.json", lambda p: change_json(p, step="three"))}.items()},
+    "arguments no text": (lambda run: (run / "args.json").write_bytes(b"\xff"), "args.json: cannot be read"),
+    "arguments no JSON": (lambda run: (run / "args.json").write_text("{"), "args.json: cannot be read"),
+    "arguments a list": (lambda run: (run / "args.json").write_text("[]"), "args.json: cannot be read"),
+    "arguments missing": (lambda run: (run / "args.json").unlink(), "no run to resume"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_damaged_runs(name, world, tmp_path, capfd):
+    shutil.copytree(world / "stopped", "out")
+    spoil, culprit = BAD_RUNS[name]
+    spoil(tmp_path / "out")
+    assert_refused(train, words(RUN, world, "--epochs 3 --resume"), culprit, capfd, tmp_path, world)
+
+
+def test_a_damaged_log_does_not_stop_a_run(world, tmp_path):
+    """Lines that power loss has left as zeros or halves are dropped."""
+    shutil.copytree(world / "stopped", "out")
+    lines = Path("out/metrics.jsonl").read_text().splitlines(keepends=True)
+    damage = b"\0" * 20 + b"\n\xff{}\n[]\n" + lines[-1][:9].encode()
+    Path("out/metrics.jsonl").write_bytes("".join(lines[:-1]).encode() + damage)
+    assert train.main(words(RUN, world, "--epochs 3 --resume")) == 0
+    assert [x["step"] for x in log(tmp_path / "out") if "lr" in x] == [1, 2, 4, 5, 6]
+
+
+def test_resuming_with_other_arguments(world, tmp_path, capfd, monkeypatch):
+    """Each changed argument is named, before the weights are read."""
+    monkeypatch.setattr(train, "load_start", None)
+    shutil.copytree(world / "stopped", "out")
+    shutil.copytree(world / "model", "twin")
+    Path("forget25.jsonl").write_text((world / "data" / "forget25.jsonl").read_text().replace("Oslo", "Roma"))
+    for options, changed in {
+            "--lr 2e-3": ["lr was 0.001, is 0.002"], "--beta 1 --gamma 2": ["beta was 2.5, is 1.0", "gamma was 0.0, is 2.0"],
+            "--epochs 4 --batch-size 1 --seed 7": ["epochs was 3, is 4", "batch-size was 2, is 1", "seed was 0, is 7"],
+            "--loss ga --retain-loss none": ["loss was simnpo, is ga", "retain-loss was nll, is none"],
+            "--model twin": ["model was"], "--template llama2": ["template was None", "forget data was", "retain data was"],
+            "--dtype bf16 --bf16-weights": ["dtype was fp32, is bf16", "bf16-weights was False, is True"],
+            "--schedule constant": ["schedule was linear, is constant"], "--forget forget25": ["forget data was"]}.items():
+        for change in changed:
+            assert_refused(train, words(RUN, world, f"--epochs 3 --resume {options}"), change, capfd, tmp_path, world)
+
+
+def test_what_may_change_when_a_run_goes_on(world, tmp_path):
+    """How often it saves, and how its steps are split."""
+    shutil.copytree(world / "stopped", "out")
+    assert train.main(words(RUN, world, "--epochs 3 --resume --max-tokens 64 --save-every 2 --checkpointing")) == 0
+
+
+# Runs cut short: killed, interrupted, out of disk, not finite. Resumed, they end like a run that nothing happened to.
+
+LONG = f"{RUN} --epochs 8 --save-every 1 --snapshots 5"  # 16 steps
+SERVER = multiprocessing.get_context("forkserver")  # imports torch once, and forks before any thread has started
+
+
+def in_child(connection, argv, interfere=None):
+    """What a child process does: a run, all output sent to the parent at its end."""
+    torch.set_num_threads(1)
+    train.tqdm.set_lock(threading.RLock())  # the usual one is for several processes, and outlives a killed one
+    if interfere:
+        interfere[0](*interfere[1:])
+    train_run, train.train = train.train, lambda *args: connection.send("training") or train_run(*args)
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        status = train.main(argv)
+    connection.send((status, err.getvalue()))
+
+
+def start(argv, *interfere):
+    """A child process that runs train.main(argv), and the connection on which it says "training" and (status, stderr)."""
+    here, there = SERVER.Pipe(duplex=False)
+    child = SERVER.Process(target=in_child, args=(there, argv, interfere))
+    child.start()
+    there.close()
+    return child, here
+
+
+def run(argv, *interfere):
+    """(status, stderr) of a run in a child process; None when it was killed."""
+    child, connection = start(argv, *interfere)
+    child.join()
+    said = []
+    with contextlib.suppress(EOFError):
+        while True:
+            said.append(connection.recv())
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return said[-1] if child.exitcode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    """The folder of a run that nothing happens to, and how long its training took."""
+    SERVER.set_forkserver_preload(["test_failures"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # where the server finds it
+        patch.chdir(world)
+        child, connection = start(words(LONG, world, "--output undisturbed"))
+        assert connection.recv() == "training"
+        began = time.monotonic()
+        assert connection.recv()[0] == 0
+        seconds = time.monotonic() - began
+    return world / "undisturbed", seconds
+
+
+def assert_same_run(output, undisturbed):
+    """Bitwise the same weights, in snapshots too, the same log but for speeds, and no file more or less."""
+    files = sorted(p.relative_to(undisturbed) for p in undisturbed.rglob("*"))
+    assert sorted(p.relative_to(output) for p in output.rglob("*")) == files
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert (output / path).read_bytes() == (undisturbed / path).read_bytes(), path
+    logs = [[{**line, "tokens_per_s": 0} for line in log(folder)] for folder in (output, undisturbed)]
+    assert logs[0] == logs[1]
+
+
+def resume(output):
+    """The option that goes on with a run, if it got as far as having a folder."""
+    return "--resume" if output.exists() else ""
+
+
+def test_killed_at_twenty_random_moments(world, undisturbed, tmp_path):
+    """SIGKILL at any time of training, saving and finishing; a run that ends before it is killed makes place for another."""
+    rng, kills, number = random.Random(0), 0, 0
+    expected, seconds = undisturbed
+    while kills < 20 or not (tmp_path / f"run{number}" / "config.json").exists():
+        output = tmp_path / f"run{number}"
+        if (output / "config.json").exists():
+            assert run(words(LONG, world, f"--output {output} --resume"))[0] == 0
+            assert_same_run(output, expected)
+            number += 1
+            continue
+        child, connection = start(words(LONG, world, f"--output {output} {resume(output)}"))
+        assert connection.recv() == "training"
+        if kills < 20:
+            child.join(rng.uniform(0, seconds / 3))
+            child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        kills += child.exitcode != 0
+    assert run(words(LONG, world, f"--output {output} --resume"))[0] == 0
+    assert_same_run(output, expected)
+
+
+def replace_call(name, count, new):
+    """Put new(original, *args) in the place of the count-th and all later calls of a function, named as in os.fsync."""
+    place, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    original, calls = getattr(place, attribute), []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return original(*args, **options) if len(calls) < count else new(original, *args, **options)
+    setattr(place, attribute, counted)
+
+
+def kill_at(name, count, after):
+    """Kill this process at the count-th call of a function, before or after it; a file being saved is left half done."""
+    def deadly(original, *args, **options):
+        if after or name == "train.save_file":
+            original(*args, **options)
+        if not after and name == "train.save_file":
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace_call(name, count, deadly)
+
+
+def test_killed_in_the_middle_of_writing(world, undisturbed, tmp_path):
+    """Before and after each kind of call that changes the disk: at the start, in saving, and in finishing."""
+    starting = [("pathlib.Path.mkdir", 1), ("os.replace", 1), ("os.replace", 2)]
+    saving = [("train.save_file", 2), ("os.fsync", 5), ("os.fsync", 7), ("os.rename", 1), ("shutil.rmtree", 2),
+              ("os.unlink", 1)]
+    finishing = [("os.replace", 3), ("os.replace", 6), ("train.tidy", 1)]
+    output = tmp_path / "run"
+    for name, count in starting + saving + finishing:
+        for after in (False, True):
+            assert run(words(LONG, world, f"--output {output} {resume(output)}"), kill_at, name, count, after) is None
+    assert run(words(LONG, world, f"--output {output} --resume"))[0] == 0
+    assert_same_run(output, undisturbed[0])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [1, 5, 16])
+def test_stopped_by_a_signal(number, status, step, world, undisturbed, tmp_path):
+    """The step is finished and saved; going on ends in the same weights."""
+    assert run(words(LONG, world, "--save-every 0 --output run"), stop_in, step, number) == (status, "")
+    assert [x["step"] for x in log(tmp_path / "run") if "lr" in x] == list(range(1, step + 1))
+    assert run(words(LONG, world, "--save-every 0 --output run --resume")) == (0, "")
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+def stop_in(step, number):
+    """Send this process a signal during a step."""
+    original, train.take_step = train.take_step, stop_after(step, number)
+
+
+def test_a_signal_before_training(world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "load_start", lambda args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
+    assert train.main(words(RUN, world)) == 130
+    assert capfd.readouterr().err == "error: interrupted\n" and not Path("out").exists()
+    monkeypatch.setattr(evaluation, "load", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
+    assert evaluation.main(words("{model} --forget {tofu}/forget05", world)) == 130
+    assert capfd.readouterr().err == "error: interrupted\n"
+
+
+def fail_at(name, count):
+    """The disk is full from the count-th call of a function on."""
+    def failing(original, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    replace_call(name, count, failing)
+
+
+def limit_files(size):
+    """The kernel itself refuses to let a file grow beyond this size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("save_every, interfere", [
+    *((1, (fail_at, *call)) for call in [
+        ("train.save_file", 1), ("train.save_file", 4), ("os.fsync", 9), ("os.rename", 8), ("os.replace", 1),
+        ("os.replace", 2), ("os.replace", 6), ("pathlib.Path.write_text", 9)]),
+    *((0, (limit_files, size)) for size in (100, 1000, 3000, 8000, 50_000)), (1, (limit_files, 200_000))],
+    ids=lambda x: " ".join(map(str, x[1:])) if isinstance(x, tuple) else "")
+def test_a_full_disk(save_every, interfere, world, undisturbed, tmp_path):
+    """One line says so, the last checkpoint is whole, and once there is room the run goes on from it."""
+    argv = words(LONG, world, f"--save-every {save_every} --output run")
+    assert_out_of_disk(run(argv, *interfere), tmp_path / "run")
+    assert run([*argv, *["--resume"] * (tmp_path / "run").exists()])[0] == 0
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+def assert_out_of_disk(result, output):
+    status, err = result
+    assert status == 1 and err.startswith(f"error: {output.name}: cannot write: ") and err.count("\n") == 1
+    saved = train.checkpoints(output)
+    assert (saved[-1].name if saved else "no checkpoint yet") in err
+    for folder in saved:
+        assert json.loads((folder / "state.json").read_text())["step"] > 0 and load_file(folder / "state.safetensors")
+
+
+@pytest.mark.parametrize("size", [400, 800])
+def test_a_small_disk(size, world, undisturbed, tmp_path, monkeypatch):
+    """The same on a real file system of so many KiB; where none may be mounted, with files that may not grow so large."""
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(tmp_path / "disk")]
+    mounted = not subprocess.run(mount, capture_output=True).returncode
+    try:
+        monkeypatch.chdir(tmp_path / "disk")
+        argv = words(LONG, world, "--output run")
+        assert_out_of_disk(run(argv, *[hide_free_space] if mounted else [limit_files, size * 250]), Path("run"))
+        if mounted:
+            subprocess.run([*mount[:3], "-o", "remount,size=64m", *mount[-2:]], check=True)
+        assert run([*argv, "--resume"])[0] == 0
+        assert_same_run(Path("run"), undisturbed[0])
+    finally:
+        monkeypatch.chdir(tmp_path)
+        if mounted:
+            subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def hide_free_space():
+    """The check at the start finds room enough."""
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
+
+
+def not_finite(what, step):
+    """From this step on the loss is NaN, or the weights overflow, or the probe does."""
+    take_step, step_gradient, probability = train.take_step, train.step_gradient, train.answer_probability
+
+    def nan_loss(*args):
+        steps.append(1)
+        return step_gradient(*args) * (math.nan if len(steps) >= step else 1)
+
+    def overflow(run, forget, retain, ref_logps, at, per_epoch):
+        record = take_step(run, forget, retain, ref_logps, at, per_epoch)
+        if at + 1 >= step:
+            with torch.no_grad():
+                next(run.objective.parameters())[0, 0] = math.inf
+        return record
+    steps = []
+    if what == "loss":
+        train.step_gradient = nan_loss
+    else:
+        train.take_step = overflow
+
+
+@pytest.mark.parametrize("what, step, named", [("loss", 1, 1), ("loss", 6, 6), ("weights", 5, 5), ("weights", 6, 6)])
+def test_a_loss_that_is_not_finite(what, step, named, world, undisturbed, tmp_path):
+    """It stops the run and is never saved: the checkpoint before it is whole, and the run can go on from there."""
+    status, err = run(words(LONG, world, "--output run"), not_finite, what, step)
+    assert status == 1 and err.startswith(f"error: run: not finite: step {named}: ") and err.count("\n") == 1
+    saved = train.checkpoints(tmp_path / "run")
+    assert [p.name for p in saved] == [f"checkpoint-{step - 1:08d}"] * (step > 1)
+    assert (saved[0].name if saved else "no checkpoint yet") in err
+    assert run(words(LONG, world, "--output run --resume")) == (0, "")
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
+def test_a_learning_rate_that_is_too_high(world, tmp_path, capfd):
+    assert train.main(words(RUN, world, "--lr 1e12 --clip 1e12 --weight-decay 1e12 --epochs 6")) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: out: not finite: step ") and err.count("\n") == 1
+    assert not Path("out", "config.json").exists()
+
+
+# Any bytes whatever
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAME = st.sampled_from(["a.jsonl", "a.json", "a.txt"])
+
+
+def assert_examples_or_input_error(content, name, folder, tokenizer):
+    path = folder / name
+    path.write_bytes(content)
+    for read in (read_records, lambda path: load_examples(path, tokenizer, 40)):
+        try:
+            for item in read(path):
+                assert isinstance(item, dict) or isinstance(item, Example)
+                if isinstance(item, Example):
+                    assert 0 < item.start < len(item.input_ids) <= 40
+                    assert all(type(i) is int and 0 <= i < len(tokenizer) for i in item.input_ids)
+        except InputError as e:
+            assert str(e).startswith(f"{path}:")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "model")
+
+
+@FUZZ
+@given(st.binary(max_size=200), NAME)
+def test_random_bytes(tokenizer, tmp_path, content, name):
+    assert_examples_or_input_error(content, name, tmp_path, tokenizer)
+
+
+FIELD = st.sampled_from(["question", "answer", "text", "input_ids", "prompt", "gt", "paraphrased_answer",
+                         "perturbed_answer"])
+LEAF = st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.text(st.characters(categories=["Cs", "Cc"]))
+VALUE = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELD | st.text(), inner, max_size=4),
+                     max_leaves=12)
+RECORD = st.dictionaries(FIELD, st.text(min_size=1) | st.lists(st.integers(0, 300), max_size=5) | VALUE, max_size=4)
+
+
+@FUZZ
+@given(st.lists(RECORD | VALUE, max_size=4).flatmap(lambda values: st.sampled_from(
+    [json.dumps(values), "\n".join(map(json.dumps, values))])).map(str.encode), NAME)
+def test_random_json(tokenizer, tmp_path, content, name):
+    assert_examples_or_input_error(content, name, tmp_path, tokenizer)
+
+
+VALID = ["".join(json.dumps(r) + "\n" for r in RECORDS[:3]), json.dumps(RECORDS[:3], indent=1), '{"text": "a b"}\n"c d"\n',
+         '{"input_ids": [3, 4, 5]}\n{"input_ids": [6, 7]}\n', "One text.\r\nTwo lines."]
+EDIT = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=3) | st.sampled_from(
+    [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\n", b"\xef\xbb\xbf", b"\xff", b"\\ud800", b"null", b"-1", b"1e9"]))
+
+
+def edited(text, edits):
+    """Replace, at each place, so many bytes by others."""
+    content = text.encode()
+    for place, size, new in edits:
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + size:]
+    return content
+
+
+@FUZZ
+@given(st.builds(edited, st.sampled_from(VALID), st.lists(EDIT, min_size=1, max_size=3)), NAME)
+def test_edited_files(tokenizer, tmp_path, content, name):
+    assert_examples_or_input_error(content, name, tmp_path, tokenizer)
