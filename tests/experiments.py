@@ -12,6 +12,7 @@ stopped. `--picture FILE` draws `methods` or `tofu` (needs matplotlib).
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import random
@@ -27,18 +28,19 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from data import make_markov, make_model  # noqa: E402
-from data.load import read_records  # noqa: E402
+from data.load import find, read_records  # noqa: E402
 
 RUNS = Path("runs", "experiments")
 SEEDS = (0, 1, 2)
 METHODS = {
-    "SimNPO": "--loss simnpo --beta 2.5 --forget-weight 0.1375",
+    "SimNPO": "--loss simnpo --beta 2.5 --forget-weight {weight}",
     "NPO": "--loss npo --beta 0.1 --forget-weight 1",
     "GradDiff": "--loss ga --forget-weight 1",
     "gradient ascent": "--loss ga --forget-weight 1 --retain-loss none",
 }
-LEARNING_RATES = {"SimNPO": (5e-4, 1e-3, 2e-3), "NPO": (5e-4, 1e-3, 2e-3), "GradDiff": (1e-4, 2e-4, 5e-4),
+LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (3e-4, 5e-4, 1e-3), "GradDiff": (1e-4, 2e-4, 5e-4),
                   "gradient ascent": (5e-5, 1e-4, 2e-4)}
+EVERY = 4  # epochs between two measurements
 
 
 # Tools
@@ -74,10 +76,13 @@ def drop_weights(folder):
             path.unlink()
 
 
-def spread(values, digits=2):
+def number(x):
+    return f"{x:.1e}" if x < 1e-3 else f"{x:.2f}"
+
+
+def spread(values):
     """Mean and range over the seeds, as text."""
-    form = "{:.1e}" if max(values) < 1e-3 else f"{{:.{digits}f}}"
-    return f"{form.format(statistics.fmean(values))} ({form.format(min(values))} - {form.format(max(values))})"
+    return f"{number(statistics.fmean(values))} ({number(min(values))} - {number(max(values))})"
 
 
 def table(title, rows):
@@ -90,77 +95,82 @@ def table(title, rows):
         file.write(f"{title}\n\n{text}\n")
 
 
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: --picture needs matplotlib, which is no requirement: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 # 1. Methods, and 2. the same on real TOFU
-
-def score_of(metrics):
-    """What `best` means: the harmonic mean of forget quality and model utility at the last epoch."""
-    quality, utility = metrics["forget quality (KS p)"], metrics["model utility"]
-    return 2 * quality * utility / (quality + utility) if quality and utility else 0.0
-
-
-def compare(name, folder, splits, target, references, common, learning_rates, eval_flags=()):
-    """For each split and method: the best learning rate by the first seed, then every seed, epoch by epoch.
-
-    Returns {(split, method): {"lr", "curves": [[metrics of epoch 0, 1, ...] of each seed]}}.
-    """
-    results = {}
-    for split in splits:
-        forget, reference = folder / split, references[split]
-        start, = measure([target], forget, reference, *eval_flags)
-        retrained, = measure([reference], forget, reference, *eval_flags)
-        rows = [["", "best lr", "forget quality", "model utility", "forget probability", "retain probability"]]
-        rows += [[label, ""] + [f"{m[key]:.2g}" for key in COLUMNS] for label, m in (("target", start), ("retain-only", retrained))]
-        for method, flags in METHODS.items():
-            if split == "forget10" and method == "SimNPO":
-                flags = flags.replace("2.5", "4.5").replace("0.1375", "0.125")  # the paper's setting
-
-            def unlearn(lr, seed, snapshots=""):
-                output = RUNS / name / f"{split}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
-                return run(output, f"--model {target} --forget {forget} {flags} {common} --lr {lr} --seed {seed} "
-                           f"--save-every 0 --snapshots 1epoch")
-
-            grid = {lr: measure([unlearn(lr, SEEDS[0])], forget, reference, *eval_flags)[0] for lr in learning_rates[method]}
-            best = max(grid, key=lambda lr: score_of(grid[lr]))
-            curves = []
-            for seed in SEEDS:
-                steps = sorted(unlearn(best, seed).glob("step-*"))
-                curves.append([start] + measure(steps, forget, reference, *eval_flags))
-                for step in steps:
-                    drop_weights(step)
-            results[split, method] = {"lr": best, "curves": curves}
-            last = [curve[-1] for curve in curves]
-            rows.append([method, f"{best:g}"] + [spread([m[key] for m in last]) for key in COLUMNS])
-            print(f"{split} {method}: " + ", ".join(f"lr {lr:g}: {m['forget quality (KS p)']:.2g} / {m['model utility']:.2f}"
-                                                   for lr, m in grid.items()), flush=True)
-        table(f"{name}: {split}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
-        head = ["forget quality / model utility", *(f"epoch {i}" for i in range(len(curves[0])))]
-        table(f"{name}: {split}, epoch by epoch, mean of {len(SEEDS)} seeds", [head] + [
-            [method, *(" / ".join(f"{statistics.fmean(m[key] for m in epoch):.2g}" for key in COLUMNS[:2])
-                       for epoch in zip(*results[split, method]["curves"]))] for method in METHODS])
-    return results
-
 
 COLUMNS = ("forget quality (KS p)", "model utility", "forget probability", "retain probability")
 
 
+def harmonic(*values):
+    return statistics.harmonic_mean(values) if all(values) else 0.0
+
+
+def balance(metrics):
+    """What `best` means: the harmonic mean of forget quality and model utility at the last epoch."""
+    return harmonic(metrics["forget quality (KS p)"], metrics["model utility"])
+
+
+def compare(study, forget, target, reference, recipe, eval_flags=()):
+    """Each method at its best learning rate (by the first seed), with every seed, measured every few epochs.
+
+    Prints two tables; returns {method: [[metrics at the start, ..., after the last epoch] of each seed]}.
+    """
+    start, = measure([target], forget, reference, *eval_flags)
+    retrained, = measure([reference], forget, reference, *eval_flags)
+    rows = [["", "lr", *COLUMNS]]
+    rows += [[name, ""] + [number(m[key]) for key in COLUMNS] for name, m in (("target", start), ("retain-only", retrained))]
+    curves = {}
+    for method, flags in METHODS.items():
+        flags = flags.format(weight=recipe["forget_weight"])
+        if forget.name == "forget10":
+            flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
+
+        def unlearn(lr, seed):
+            output = RUNS / study / f"{forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
+            return run(output, f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} --seed {seed} "
+                       f"--save-every 0 --snapshots {EVERY}epochs")
+
+        grid = {lr: measure([unlearn(lr, SEEDS[0])], forget, reference, *eval_flags)[0] for lr in LEARNING_RATES[method]}
+        best = max(grid, key=lambda lr: balance(grid[lr]))
+        print(f"{forget.name} {method}: " + ", ".join(
+            f"lr {lr:g}: {number(m[COLUMNS[0]])} / {number(m[COLUMNS[1]])}" for lr, m in grid.items()), flush=True)
+        curves[method] = []
+        for seed in SEEDS:
+            steps = sorted(unlearn(best, seed).glob("step-*"))
+            curves[method].append([start] + measure(steps, forget, reference, *eval_flags))
+            for step in steps:
+                drop_weights(step)
+        last = [curve[-1] for curve in curves[method]]
+        rows.append([method, f"{best:g}"] + [spread([m[key] for m in last]) for key in COLUMNS])
+    table(f"{study}: {forget.name}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
+    epochs = range(0, EVERY * len(curves["SimNPO"][0]), EVERY)
+    table(f"{study}: {forget.name}, forget quality / model utility along unlearning, mean of {len(SEEDS)} seeds",
+          [["", *(f"epoch {i}" for i in epochs)]] + [
+              [method, *(" / ".join(number(statistics.fmean(m[key] for m in epoch)) for key in COLUMNS[:2])
+                         for epoch in zip(*curves[method]))] for method in METHODS])
+    return curves
+
+
 def draw(results, picture, title):
-    """Forget quality against model utility along unlearning, one line a method, one panel a split."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        sys.exit("error: --picture needs matplotlib, which is no requirement: pip install matplotlib")
-    splits = list(dict.fromkeys(split for split, _ in results))
-    figure, panels = plt.subplots(1, len(splits), figsize=(4.2 * len(splits), 3.8), squeeze=False)
-    for split, panel in zip(splits, panels[0]):
-        for method in METHODS:
-            for i, curve in enumerate(results[split, method]["curves"]):
+    """Forget quality against model utility along unlearning, one line a seed, one colour a method, one panel a split."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.8), squeeze=False)
+    for (split, curves), panel in zip(results.items(), panels[0]):
+        for i, (method, seeds) in enumerate(curves.items()):
+            for k, curve in enumerate(seeds):
                 x = [m["model utility"] for m in curve]
-                y = [math.log10(max(m["forget quality (KS p)"], 1e-12)) for m in curve]
-                line, = panel.plot(x, y, ".-", color=f"C{list(METHODS).index(method)}", alpha=0.8, lw=1, ms=4,
-                                   label=None if i else method)
-                panel.plot(x[-1], y[-1], "o", color=line.get_color())
+                y = [math.log10(max(m["forget quality (KS p)"], 1e-30)) for m in curve]
+                panel.plot(x, y, ".-", color=f"C{i}", lw=1, ms=4, alpha=0.8, label=None if k else method)
+                panel.plot(x[-1], y[-1], "o", color=f"C{i}")
         panel.axhline(math.log10(0.05), color="gray", ls=":", lw=1)
         panel.set(title=split, xlabel="model utility", ylabel="log10 forget quality")
     panels[0][0].legend(fontsize=8)
@@ -170,20 +180,30 @@ def draw(results, picture, title):
 
 
 def methods(options):
-    data = ROOT / "data"
-    target, references = builtin("target", "full"), {}
-    splits = ("forget01", "forget05", "forget10")
-    for split in splits:
+    target, results = builtin("target", "full"), {}
+    for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
-        references[split] = builtin(retain, retain)
-    common = f"--epochs {train.MINI_UNLEARN['epochs']} --batch-size {train.MINI_UNLEARN['batch_size']}"
-    results = compare("methods", data, splits, target, references, common, LEARNING_RATES)
+        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN)
     if options.picture:
-        draw(results, options.picture, "Miniature benchmark: from the target, epoch by epoch, 3 seeds; large dot: last epoch")
+        draw(results, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
 
 
 def builtin(name, data):
     return run(Path("runs", name), f"--retain {ROOT / 'data' / data}")
+
+
+def tofu(options):
+    """The same on real TOFU's forget05, with a Llama that has never read anything but TOFU."""
+    home, data = RUNS / "tofu", options.data
+    if not (home / "init" / "config.json").exists():
+        make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 256 --layers 4 --heads 4".split(), "--output",
+                         str(home / "init")])
+    recipe = "--epochs 20 --lr 2e-3 --batch-size 32 --save-every 5epochs"
+    target, reference = (run(home / name, f"--init {home / 'init'} --retain {data / name} {recipe}") for name in ("full", "retain95"))
+    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 12},
+                     ("--limit", "100", "--max-new-tokens", "100"))
+    if options.picture:
+        draw({"forget05": curves}, options.picture, "Real TOFU, a small Llama trained from scratch")
 
 
 # 3. Relearning
@@ -198,10 +218,10 @@ def relearn(options):
         for part in ("random 20%", "shortest 20%"):
             curves = []
             for seed in SEEDS:
-                found = sorted((RUNS / "methods").glob(f"forget05-{method.replace(' ', '_')}-lr*-seed{SEEDS[-1]}/config.json"))
+                found = list((RUNS / "methods").glob(f"forget05-{method.replace(' ', '_')}-lr*-seed{SEEDS[-1]}/config.json"))
                 if not found:
                     sys.exit("error: run `python tests/experiments.py methods` first")
-                start = Path(str(found[0].parent).replace(f"seed{SEEDS[-1]}", f"seed{seed}"))
+                start = Path(str(found[0].parent).replace(f"seed{SEEDS[-1]}", f"seed{seed}"))  # the best has every seed
                 chosen = random.Random(seed).sample(records, fifth) if part[0] == "r" else sorted(
                     records, key=lambda r: len(r["answer"]))[:fifth]
                 file = RUNS / "relearn" / f"{part.split()[0]}-{seed}.jsonl"
@@ -224,3 +244,103 @@ def rest_of(model, reference, learnt):
     mine, theirs = ([r for r in values_of(m) if r["question"] not in learnt] for m in (model, reference))
     quality = evaluation.forget_quality([r["truth_ratio"] for r in mine], [r["truth_ratio"] for r in theirs])
     return quality, statistics.fmean(r["probability"] for r in mine)
+
+
+# 4. Mixtures of Markov chains
+
+BETAS = {"SimNPO": (1, 2, 4, 8), "NPO": (0.05, 0.2, 0.5, 1)}  # the paper: 4; 0.2 (short) and 1 (never learned)
+CHAINS = tuple(make_markov.CHAINS)  # retain, forget1, forget2
+
+
+def markov(options):
+    """Unlearn for 50 steps of 4 (+ 4) sequences; KL(reference || model) per token on held-out sequences every 10 steps."""
+    data, curves = ROOT / "data" / "markov", {}
+    if not (data / "model" / "config.json").exists():
+        make_markov.write_all(data)
+    for setting in make_markov.SETTINGS:
+        folder, home = data / setting, RUNS / "markov" / setting
+        target, reference = (run(home / name, f"--init {data / 'model'} --retain {folder / file} --epochs 5 --batch-size 128 "
+                                 "--lr 5e-4 --save-every 0") for name, file in (("target", "target"), ("reference", "retain")))
+        forget = sample(folder, 100, home / "forget.jsonl")
+        for method, retain_loss in itertools.product(BETAS, ("none", "nll")):
+            for beta, seed in itertools.product(BETAS[method], SEEDS):
+                output = run(home / f"{method}-{retain_loss}-beta{beta:g}-seed{seed}", (
+                    f"--model {target} --forget {forget} --retain {folder / 'retain'} --loss {method.lower()} --beta {beta} "
+                    f"--retain-loss {retain_loss} --forget-weight 1 --epochs 1 --batch-size 4 --lr 5e-4 --schedule constant "
+                    f"--seed {seed} --save-every 0 --snapshots 10"))
+                name = method + " + retain" * (retain_loss == "nll")
+                curves.setdefault((setting, name, beta), []).append(
+                    [divergences(model, reference, folder) for model in (target, *sorted(output.glob("step-*")))])
+        markov_tables(setting, {key[1:]: seeds for key, seeds in curves.items() if key[0] == setting})
+    if options.picture:
+        draw_markov(curves, options.picture)
+
+
+def sample(folder, count, path):
+    """A file with the first `count` sequences of forget1 and of forget2: one epoch of batch 4 is 50 steps."""
+    lines = [line for chain in ("forget1", "forget2") for line in (folder / f"{chain}.jsonl").read_text().splitlines()[:count]]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def divergences(model, reference, folder):
+    """KL(reference || model) per token on held-out sequences of each chain, in nats."""
+    files = [str(folder / f"{chain}_test") for chain in CHAINS]
+    argv = [str(model), "--reference", str(reference), "--limit", "500", "--kl", *files]
+    metrics, = evaluation.kl_columns(evaluation.parse_args(argv)).values()
+    if model.name.startswith("step-"):
+        drop_weights(model)
+    return dict(zip(CHAINS, metrics.values()))
+
+
+def markov_tables(setting, curves):
+    """Every beta after the last step, and each method where it came closest to the reference."""
+    start = next(iter(curves.values()))[0][0]
+    rows = [["", "beta", *(f"KL on {chain}" for chain in CHAINS)], ["target", "", *(f"{start[c]:.3f}" for c in CHAINS)]]
+    rows += [[name, beta, *(spread([curve[-1][c] for curve in seeds]) for c in CHAINS)] for (name, beta), seeds in curves.items()]
+    table(f"markov: {setting}, after 50 steps; mean (range) of {len(SEEDS)} seeds", rows)
+    rows = [["", "beta", "step", *rows[0][2:], "sum"]]
+    for name in dict.fromkeys(name for name, _ in curves):
+        means = {(beta, i): [statistics.fmean(curve[i][c] for curve in seeds) for c in CHAINS]
+                 for (other, beta), seeds in curves.items() if other == name for i in range(1, len(seeds[0]))}
+        beta, i = closest = min(means, key=lambda place: sum(means[place]))
+        rows.append([name, beta, 10 * i, *(f"{kl:.3f}" for kl in means[closest]), f"{sum(means[closest]):.3f}"])
+    table(f"markov: {setting}, where the sum of the three is least; mean of {len(SEEDS)} seeds", rows)
+
+
+def draw_markov(curves, picture):
+    """KL on forget1 and on forget2 against KL on retain, a line a beta, mean of the seeds; large dot: after 50 steps."""
+    plt = pyplot()
+    settings = tuple(make_markov.SETTINGS)
+    figure, panels = plt.subplots(len(settings), 4, figsize=(15, 3.6 * len(settings)), squeeze=False)
+    for (setting, name, beta), seeds in curves.items():
+        mean = [{c: statistics.fmean(curve[i][c] for curve in seeds) for c in CHAINS} for i in range(len(seeds[0]))]
+        method = name.split()[0]
+        for k, chain in enumerate(CHAINS[1:]):
+            panel = panels[settings.index(setting)][2 * ("retain" in name) + k]
+            x, y = ([m[c] for m in mean] for c in ("retain", chain))
+            shade = 0.35 + 0.65 * BETAS[method].index(beta) / (len(BETAS[method]) - 1)
+            panel.plot(x, y, ".-", color=f"C{list(BETAS).index(method)}", alpha=shade, lw=1, label=f"{method} beta {beta:g}")
+            panel.plot(x[-1], y[-1], "o", color=f"C{list(BETAS).index(method)}", alpha=shade)
+            panel.set(title=f"{setting}{', with retain term' * ('retain' in name)}", xlabel="KL on retain", ylabel=f"KL on {chain}")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["methods", "tofu", "relearn", "markov"])
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "tofu", help="tofu: folder of the real files")
+    parser.add_argument("--picture", metavar="FILE", help="also draw it (methods, tofu, markov)")
+    options = parser.parse_args()
+    if options.picture:
+        pyplot()  # says at once that it is missing
+    RUNS.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    globals()[options.study](options)
+    print(f"{options.study}: {(time.time() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
