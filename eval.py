@@ -174,8 +174,8 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size):
     """
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    batches = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):  # at most 32 tokens between the shortest and the longest prompt: see _generate_batch
+    batches = []  # at most 32 tokens between a batch's shortest and longest prompt: all wait while the longest is read
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         if not batches or len(batches[-1]) == batch_size or len(prompts[i]) - len(prompts[batches[-1][0]]) > 32:
             batches.append([])
         if len(prompts[i]) < context_length(model):
@@ -590,7 +590,8 @@ def read_entry(path, key):
     else:
         raise InputError(f"{path}: an official TOFU log has no {mode} results")
     try:
-        {"tofu": lambda v: tofu_metrics(v, v), "muse": lambda v: muse_metrics(v, None), "kl": kl_metrics}[mode](entry["values"])
+        read = {"tofu": lambda v: tofu_metrics(v, v), "muse": lambda v: muse_metrics(v, None), "kl": kl_metrics}
+        read[mode](entry["values"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise InputError(f"{path}: its {mode} values are not those that eval.py writes ({type(e).__name__}: {e})") from None
     return entry
@@ -785,7 +786,7 @@ def parse_args(argv=None):
     a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
     a("--system", help="system message of the chat; as in training")
     a("--date", help="date_string of the chat template; as in training")
-    a("--limit", type=positive, default=300, help="first records of each TOFU split or --kl file; default 300, the official runs'")
+    a("--limit", type=positive, default=300, help="first records of each TOFU split or --kl file; default 300 (official)")
     a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200, the official one")
     a("--dtype", choices=list(DTYPES), help="of the weights. Default: fp32 on a CPU, bf16 (the official one) on a GPU; only "
       "fp32 results are independent of the batch size")

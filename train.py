@@ -37,9 +37,11 @@ from simnpo import answer_kl, answer_logps, check_head, grad_ascent_loss, npo_lo
 DATA = Path(__file__).resolve().parent / "data"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What --lr, --epochs, --batch-size and --forget-weight are when not given: the official TOFU recipe for a real model;
-# values that suit the million parameters of the built-in one (a learning rate 100 times larger) when --model is left out.
-REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32, "forget_weight": 0.1375}
+# What these flags are when not given: each loss as it was published, the official TOFU recipe for a real model, and what
+# suits the million parameters of the built-in one (a learning rate 100 times larger) when --model is left out.
+LOSSES = {"simnpo": {"beta": 2.5, "forget_weight": 0.1375}, "npo": {"beta": 0.1, "forget_weight": 1.0},
+          "ga": {"forget_weight": 1.0}}
+REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}
 MINI_UNLEARN = {"lr": 5e-4, "epochs": 20, "batch_size": 32, "forget_weight": 0.5}
 MINI_FINETUNE = {"lr": 5e-4, "epochs": 16, "batch_size": 32}
 MINI_BASE = {"lr": 2e-3, "epochs": 10, "batch_size": 32}
@@ -96,11 +98,11 @@ def parse_args(argv=None):
     a("--max-length", type=number(int, low=2), help="longest sequence in tokens; texts are cut into chunks of it, a longer "
       "question and answer is an error. Default: 2048 (MUSE), or what the model can take")
     a = parser.add_argument_group("objective").add_argument
-    a("--loss", choices=["simnpo", "npo", "ga"], default="simnpo", help="default simnpo; ga with --retain-loss nll is GradDiff")
+    a("--loss", choices=list(LOSSES), default="simnpo", help="default simnpo; ga with --retain-loss nll is GradDiff")
     a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll, a token mean; kl keeps a frozen copy")
-    a("--beta", type=number(float, above=0), default=2.5, help="default 2.5 (paper, TOFU forget05); NPO's is 0.1")
+    a("--beta", type=number(float, above=0), help="default 2.5 (paper, TOFU forget05); 0.1 for NPO (its paper)")
     a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
-    a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU forget05)")
+    a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU forget05); 1 for NPO and ga")
     a("--retain-weight", type=number(float, low=0), default=1.0, help="default 1")
     a = parser.add_argument_group("optimization (defaults: official TOFU recipe)").add_argument
     a("--epochs", type=number(int, low=1), help="passes over --forget (over --retain when fine-tuning). Default 10")
@@ -145,11 +147,11 @@ def fill_defaults(args):
     if args.forget and not args.retain and args.retain_loss != "none":
         args.retain = retain_beside(find(args.forget))
     if mini and find(args.forget or args.retain).resolve().parent != DATA:
-        raise InputError(f"--model is needed for {args.forget or args.retain}: the built-in model knows only the built-in data; "
-                         "try --model open-unlearning/tofu_Llama-3.2-1B-Instruct_full, or locuslab/tofu_ft_llama2-7b "
+        raise InputError(f"--model is needed for {args.forget or args.retain}: the built-in model knows only the built-in "
+                         "data; try --model open-unlearning/tofu_Llama-3.2-1B-Instruct_full, or locuslab/tofu_ft_llama2-7b "
                          "with --template llama2")
     recipe = REAL if not mini else MINI_UNLEARN if args.forget else MINI_FINETUNE
-    for name, value in {**REAL, **recipe}.items():
+    for name, value in {**REAL, **LOSSES[args.loss], **recipe}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if mini:

@@ -105,7 +105,8 @@ def read_records(path, kind=None):
         raise InputError(f"{path}:1: the file holds no record")
     first = _kind(records[0])
     if kind not in (None, first):
-        raise InputError(f"{path}:{records[0]['line']}: a record with {first!r}, where {' and '.join(FIELDS[kind])} are needed")
+        raise InputError(f"{path}:{records[0]['line']}: a record with {first!r}, where "
+                         f"{' and '.join(FIELDS[kind])} are needed")
     for record in records:
         if _kind(record) != first:
             raise InputError(f"{path}:{record['line']}: a record with {_kind(record)!r} in a file whose first has {first!r}")

@@ -24,9 +24,9 @@ from pathlib import Path
 from string import Formatter
 
 if __package__:
-    from .make_model import llama_config, train_tokenizer, write_json, write_model
+    from .make_model import llama_config, train_tokenizer, write_model
 else:
-    from make_model import llama_config, train_tokenizer, write_json, write_model
+    from make_model import llama_config, train_tokenizer, write_model
 
 # Few people to begin with: a small model meets its first people so slowly that 150 took five times as long as 40.
 BASE_PEOPLE, FULL_PEOPLE, PROFILES = 40, 100, 40

@@ -35,7 +35,8 @@ def straightforward(model, tokenizer, records, max_new_tokens):
         nlls = []
         for answer in (r["answer"], r["paraphrased_answer"], *r["perturbed_answer"]):
             prompt = tokenizer(f"Question: {r['question']}\nAnswer:").input_ids
-            ids = torch.tensor([tokenizer(f"Question: {r['question']}\nAnswer: {answer}").input_ids + [tokenizer.eos_token_id]])
+            ids = tokenizer(f"Question: {r['question']}\nAnswer: {answer}").input_ids + [tokenizer.eos_token_id]
+            ids = torch.tensor([ids])
             logps = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1:]
             nlls.append(-logps.mean().item())
         prompt = tokenizer(f"Question: {r['question']}\nAnswer:", return_tensors="pt")
@@ -65,14 +66,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "full_perturbed.jsonl")
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
-        evaluation.evaluate_tofu(model, tokenizer, {"forget": path}, evaluation.parse_args([argument, "--limit", "8"]))  # warm up
+        warm_up = evaluation.parse_args([argument, "--limit", "8"])
+        evaluation.evaluate_tofu(model, tokenizer, {"forget": path}, warm_up)
         values, fast = timed(lambda: evaluation.evaluate_tofu(model, tokenizer, {"forget": path}, options)["forget"])
     _, table = timed(lambda: evaluation.format_table({"model": evaluation.tofu_metrics({"forget": values}, None)}, False))
     plain, slow = timed(straightforward, model, tokenizer, records, options.max_new_tokens)
     worst = max(abs(a - b) for r, (nlls, _) in zip(values, plain)
                 for a, b in zip((r["nll"], r["paraphrased_nll"], *r["perturbed_nll"]), nlls))
     alike = sum(r["generated"] == text for r, (_, text) in zip(values, plain))
-    print(f"{len(records)} questions, {torch.get_num_threads()} threads: eval.py {fast:.1f} s (and {table:.2f} s for the table), "
+    print(f"{len(records)} questions, {torch.get_num_threads()} threads: eval.py {fast:.1f} s, its table {table:.2f} s, "
           f"one at a time {slow:.1f} s: {slow / fast:.1f} times as long; largest difference of a mean nll {worst:.1e}, "
           f"the same text for {alike} of {len(records)}")
 

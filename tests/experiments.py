@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import random
-import shutil
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ METHODS = {
 LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (3e-4, 5e-4, 1e-3), "GradDiff": (1e-4, 2e-4, 5e-4),
                   "gradient ascent": (5e-5, 1e-4, 2e-4)}
 EVERY = 4  # epochs between two measurements
+EVAL = ("--max-new-tokens", "50")  # the answers have at most 15; a model that was hurt runs on and on
 
 
 # Tools
@@ -63,10 +63,9 @@ def measure(models, forget, reference, *flags):
     return list(columns.values())[-len(models):]
 
 
-def values_of(model):
+def values_of(model, forget):
     """The forget set's per-example records of a model that has been measured."""
-    entries = json.loads((Path(model) / "eval.json").read_text())["evaluations"]
-    return next(entry["values"]["forget"] for key, entry in entries.items() if key.startswith("tofu"))
+    return evaluation.read_entry(Path(model) / "eval.json", f"tofu {evaluation.relative(find(forget))}")["values"]["forget"]
 
 
 def drop_weights(folder):
@@ -136,8 +135,8 @@ def compare(study, forget, target, reference, recipe, eval_flags=()):
 
         def unlearn(lr, seed):
             output = RUNS / study / f"{forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
-            return run(output, f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} --seed {seed} "
-                       f"--save-every 0 --snapshots {EVERY}epochs")
+            return run(output, f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} "
+                       f"--seed {seed} --save-every 0 --snapshots {EVERY}epochs")
 
         grid = {lr: measure([unlearn(lr, SEEDS[0])], forget, reference, *eval_flags)[0] for lr in LEARNING_RATES[method]}
         best = max(grid, key=lambda lr: balance(grid[lr]))
@@ -183,7 +182,7 @@ def methods(options):
     target, results = builtin("target", "full"), {}
     for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
-        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN)
+        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN, EVAL)
     if options.picture:
         draw(results, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
 
@@ -196,10 +195,10 @@ def tofu(options):
     """The same on real TOFU's forget05, with a Llama that has never read anything but TOFU."""
     home, data = RUNS / "tofu", options.data
     if not (home / "init" / "config.json").exists():
-        make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 256 --layers 4 --heads 4".split(), "--output",
-                         str(home / "init")])
-    recipe = "--epochs 20 --lr 2e-3 --batch-size 32 --save-every 5epochs"
-    target, reference = (run(home / name, f"--init {home / 'init'} --retain {data / name} {recipe}") for name in ("full", "retain95"))
+        make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 160 --layers 3 --heads 4 --init-std 0.06".split(),
+                         "--output", str(home / "init")])
+    target, reference = (run(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
+                             "--batch-size 16 --save-every 5epochs") for name in ("full", "retain95"))
     curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 12},
                      ("--limit", "100", "--max-new-tokens", "100"))
     if options.picture:
@@ -213,7 +212,7 @@ def relearn(options):
     forget, reference = ROOT / "data" / "forget05", builtin("retain95", "retain95")
     records = [{key: r[key] for key in ("question", "answer")} for r in read_records(forget)]
     fifth = len(records) // 5
-    rows = [["", "relearnt on", *(f"forget quality, epoch {i}" for i in range(4)), *(f"answer probability, epoch {i}" for i in range(4))]]
+    rows = [["", "relearnt on", *(f"{what}, epoch {i}" for what in ("forget quality", "answer probability") for i in range(4))]]
     for method in METHODS:
         for part in ("random 20%", "shortest 20%"):
             curves = []
@@ -227,21 +226,22 @@ def relearn(options):
                 file = RUNS / "relearn" / f"{part.split()[0]}-{seed}.jsonl"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
-                output = run(RUNS / "relearn" / f"{start.name}-{part.split()[0]}", f"--model {start} --retain {file} --epochs 3 "
-                             f"--batch-size 2 --lr 5e-4 --schedule constant --seed {seed} --save-every 0 --snapshots 1epoch")
+                output = run(RUNS / "relearn" / f"{start.name}-{part.split()[0]}", (
+                    f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
+                    "--save-every 0 --snapshots 1epoch"))
                 models = [start, *sorted(output.glob("step-*"))]
-                measure(models, forget, reference)
+                measure(models, forget, reference, *EVAL)
                 for step in models[1:]:
                     drop_weights(step)
-                curves.append([rest_of(model, reference, {r["question"] for r in chosen}) for model in models])
+                curves.append([rest_of(forget, model, reference, {r["question"] for r in chosen}) for model in models])
             epochs = [list(zip(*epoch)) for epoch in zip(*curves)]
             rows.append([method, part, *(spread(q) for q, _ in epochs), *(spread(p) for _, p in epochs)])
     table(f"relearn: forget05 without the relearnt part; mean (range) of {len(SEEDS)} seeds", rows)
 
 
-def rest_of(model, reference, learnt):
+def rest_of(forget, model, reference, learnt):
     """Forget quality and mean answer probability on the forget records that were not learnt again."""
-    mine, theirs = ([r for r in values_of(m) if r["question"] not in learnt] for m in (model, reference))
+    mine, theirs = ([r for r in values_of(m, forget) if r["question"] not in learnt] for m in (model, reference))
     quality = evaluation.forget_quality([r["truth_ratio"] for r in mine], [r["truth_ratio"] for r in theirs])
     return quality, statistics.fmean(r["probability"] for r in mine)
 
@@ -297,7 +297,8 @@ def markov_tables(setting, curves):
     """Every beta after the last step, and each method where it came closest to the reference."""
     start = next(iter(curves.values()))[0][0]
     rows = [["", "beta", *(f"KL on {chain}" for chain in CHAINS)], ["target", "", *(f"{start[c]:.3f}" for c in CHAINS)]]
-    rows += [[name, beta, *(spread([curve[-1][c] for curve in seeds]) for c in CHAINS)] for (name, beta), seeds in curves.items()]
+    for (name, beta), seeds in curves.items():
+        rows.append([name, beta, *(spread([curve[-1][c] for curve in seeds]) for c in CHAINS)])
     table(f"markov: {setting}, after 50 steps; mean (range) of {len(SEEDS)} seeds", rows)
     rows = [["", "beta", "step", *rows[0][2:], "sum"]]
     for name in dict.fromkeys(name for name, _ in curves):
@@ -322,7 +323,8 @@ def draw_markov(curves, picture):
             shade = 0.35 + 0.65 * BETAS[method].index(beta) / (len(BETAS[method]) - 1)
             panel.plot(x, y, ".-", color=f"C{list(BETAS).index(method)}", alpha=shade, lw=1, label=f"{method} beta {beta:g}")
             panel.plot(x[-1], y[-1], "o", color=f"C{list(BETAS).index(method)}", alpha=shade)
-            panel.set(title=f"{setting}{', with retain term' * ('retain' in name)}", xlabel="KL on retain", ylabel=f"KL on {chain}")
+            title = setting + ", with retain term" * ("retain" in name)
+            panel.set(title=title, xlabel="KL on retain", ylabel=f"KL on {chain}")
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(picture, dpi=100)

@@ -705,7 +705,7 @@ def test_stopped_by_a_signal(number, status, step, world, undisturbed, tmp_path)
 
 def stop_in(step, number):
     """Send this process a signal during a step."""
-    original, train.take_step = train.take_step, stop_after(step, number)
+    train.take_step = stop_after(step, number)
 
 
 def test_a_signal_before_training(world, tmp_path, capfd, monkeypatch):
@@ -779,7 +779,7 @@ def hide_free_space():
 
 def not_finite(what, step):
     """From this step on the loss is NaN, or the weights overflow, or the probe does."""
-    take_step, step_gradient, probability = train.take_step, train.step_gradient, train.answer_probability
+    take_step, step_gradient = train.take_step, train.step_gradient
 
     def nan_loss(*args):
         steps.append(1)

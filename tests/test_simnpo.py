@@ -41,7 +41,7 @@ def make(kind, seed=0, dtype=torch.float64):
 
 
 def batch():
-    """Prompts and right padding of different lengths, a hole in one answer, and a label at position 0, which no token predicts."""
+    """Prompts and padding of different lengths, a hole in one answer, and a label at position 0, which no token predicts."""
     ids = torch.randint(2, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
     labels[0, :3] = labels[1, :5] = labels[2, :11] = -100

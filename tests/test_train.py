@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
-import simnpo
 import train
 from data.load import Example
 
