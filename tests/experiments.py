@@ -37,7 +37,7 @@ METHODS = {
     "GradDiff": "--loss ga --forget-weight 1",
     "gradient ascent": "--loss ga --forget-weight 1 --retain-loss none",
 }
-LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (3e-4, 5e-4, 1e-3), "GradDiff": (1e-4, 2e-4, 5e-4),
+LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (5e-5, 1e-4, 3e-4), "GradDiff": (1e-4, 2e-4, 5e-4),
                   "gradient ascent": (5e-5, 1e-4, 2e-4)}
 EVERY = 4  # epochs between two measurements
 EVAL = ("--max-new-tokens", "50")  # the answers have at most 15; a model that was hurt runs on and on
