@@ -76,7 +76,7 @@ def drop_weights(folder):
 
 
 def number(x):
-    return f"{x:.1e}" if x < 1e-3 else f"{x:.2f}"
+    return f"{x:.1e}" if 0 < x < 1e-2 else f"{x:.2f}"
 
 
 def spread(values):
