@@ -15,7 +15,8 @@ after a name switch these on for that row.
 
 Columns: time of forward and backward, and of the whole step with AdamW (median over the rounds); peak memory above the
 model's own (weights, gradients, moments); non-padding tokens a second; useful FLOPs / time as a share of the
-matrix-product peak measured in the same rounds; relative difference of loss and gradient from the first row. Useful are
+matrix-product peak measured in the same round (median over the rounds: a shared machine's clock drifts); relative
+difference of loss and gradient from the first row. Useful are
 
     3 * (2 * W * tokens + 2 * H * V * answer tokens + layers * sum over sequences of 2 * T^2 * heads * head size)
 
@@ -77,7 +78,7 @@ def parse_args():
     a("--memory-of", help=argparse.SUPPRESS)  # what that process is called with
     args = parser.parse_args()
     args.device = torch.device(args.device)
-    args.max_tokens = args.max_tokens or (16384 if args.device.type == "cuda" else 2048)
+    args.max_tokens = args.max_tokens or (16384 if args.device.type == "cuda" else 1024)
     args.micro = args.micro or args.batch
     # what train.py's functions read
     vars(args).update(loss="simnpo", retain_loss="nll", beta=BETA, gamma=0.0, forget_weight=FORGET_WEIGHT, retain_weight=1.0,
@@ -357,10 +358,10 @@ def measure(model, rounds, args, optimizer, names):
     return times, gradients, peaks, failed
 
 
-def print_table(args, model, rounds, times, gradients, peaks, memory):
-    peak = max(peaks)
-    tokens, flops = ([statistics.median(f(b[0] + b[1]) for b in rounds[1:])] for f in (
-        lambda b: sum(len(e.input_ids) for e in b), lambda b: useful_flops(model, b)))
+def print_table(model, rounds, times, gradients, peaks, memory):
+    examples = [forget + retain for forget, retain in rounds[1:]]
+    tokens = statistics.median(sum(len(e.input_ids) for e in batch) for batch in examples)
+    attainable = [useful_flops(model, batch) / peak for batch, peak in zip(examples, peaks[1:])]  # seconds
     print("| variant | forward + backward, s | step, s | peak memory, MB | tokens/s | share of peak | loss | gradient |")
     print("|---|---|---|---|---|---|---|---|")
     first = next(name for name in times if times[name])
@@ -373,9 +374,10 @@ def print_table(args, model, rounds, times, gradients, peaks, memory):
         whole = statistics.median(r[1] + r[2] for r in timed)
         loss = max(abs(r[0] - s[0]) / abs(s[0]) for r, s in zip(rows, times[first]))
         gradient = ((gradients[name] - gradients[first]).norm() / gradients[first].norm()).item()
+        share = statistics.median(ideal / r[1] for ideal, r in zip(attainable, timed))
         used = "-" if memory.get(name) is None else f"{memory[name] / 1e6:,.0f}"
-        print(f"| {name} | {seconds:.3f} | {whole:.3f} | {used} | {tokens[0] / seconds:,.0f} | "
-              f"{flops[0] / seconds / peak:.1%} | {loss:.0e} | {gradient:.0e} |")
+        print(f"| {name} | {seconds:.3f} | {whole:.3f} | {used} | {tokens / seconds:,.0f} | "
+              f"{share:.1%} | {loss:.0e} | {gradient:.0e} |")
 
 
 def describe(args, model, rounds, peaks):
@@ -414,7 +416,7 @@ def main():
                 memory[name] = (peak_of_step(name, model, rounds[1], args, optimizer) if args.device.type == "cuda"
                                 else peak_in_fresh_process(name))
     describe(args, model, rounds, peaks)
-    print_table(args, model, rounds, times, gradients, peaks, memory)
+    print_table(model, rounds, times, gradients, peaks, memory)
 
 
 if __name__ == "__main__":
