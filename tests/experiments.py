@@ -6,20 +6,26 @@
     python tests/experiments.py tofu         `methods` on real TOFU with a small Llama trained from scratch
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut off goes on where it
-stopped. `--picture FILE` draws `methods` or `tofu` (needs matplotlib).
+stopped. One process a core, of one thread each: so small a model gains little from a second one. `--picture FILE` draws
+`methods`, `tofu` or `markov` (needs matplotlib).
 """
 
 import argparse
 import contextlib
+import functools
 import io
-import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,11 +45,16 @@ METHODS = {
 }
 LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (5e-5, 1e-4, 3e-4), "GradDiff": (1e-4, 2e-4, 5e-4),
                   "gradient ascent": (5e-5, 1e-4, 2e-4)}
-EVERY = 4  # epochs between two measurements
 EVAL = ("--max-new-tokens", "50")  # the answers have at most 15; a model that was hurt runs on and on
 
 
 # Tools
+
+def each(function, tasks):
+    """[function(*task) for task in tasks], a process a core."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return [future.result() for future in [pool.submit(function, *task) for task in tasks]]
+
 
 def run(output, flags):
     """train.py with these flags, unless its output is complete."""
@@ -119,7 +130,7 @@ def balance(metrics):
 
 
 def compare(study, forget, target, reference, recipe, eval_flags=()):
-    """Each method at its best learning rate (by the first seed), with every seed, measured every few epochs.
+    """Each method at its best learning rate (by the first seed), with every seed, measured after each epoch.
 
     Prints two tables; returns {method: [[metrics at the start, ..., after the last epoch] of each seed]}.
     """
@@ -127,36 +138,52 @@ def compare(study, forget, target, reference, recipe, eval_flags=()):
     retrained, = measure([reference], forget, reference, *eval_flags)
     rows = [["", "lr", *COLUMNS]]
     rows += [[name, ""] + [number(m[key]) for key in COLUMNS] for name, m in (("target", start), ("retain-only", retrained))]
-    curves = {}
-    for method, flags in METHODS.items():
-        flags = flags.format(weight=recipe["forget_weight"])
-        if forget.name == "forget10":
-            flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
-
-        def unlearn(lr, seed):
-            output = RUNS / study / f"{forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
-            return run(output, f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} "
-                       f"--seed {seed} --save-every 0 --snapshots {EVERY}epochs")
-
-        grid = {lr: measure([unlearn(lr, SEEDS[0])], forget, reference, *eval_flags)[0] for lr in LEARNING_RATES[method]}
-        best = max(grid, key=lambda lr: balance(grid[lr]))
-        print(f"{forget.name} {method}: " + ", ".join(
-            f"lr {lr:g}: {number(m[COLUMNS[0]])} / {number(m[COLUMNS[1]])}" for lr, m in grid.items()), flush=True)
-        curves[method] = []
-        for seed in SEEDS:
-            steps = sorted(unlearn(best, seed).glob("step-*"))
-            curves[method].append([start] + measure(steps, forget, reference, *eval_flags))
-            for step in steps:
-                drop_weights(step)
-        last = [curve[-1] for curve in curves[method]]
-        rows.append([method, f"{best:g}"] + [spread([m[key] for m in last]) for key in COLUMNS])
+    best = each(functools.partial(best_rate, study, forget, target, reference, recipe, eval_flags), zip(METHODS))
+    tasks = [(method, lr, seed) for method, lr in zip(METHODS, best) for seed in SEEDS]
+    found = each(functools.partial(curve, study, forget, target, reference, recipe, eval_flags), tasks)
+    curves = {method: [[start] + c for (name, *_), c in zip(tasks, found) if name == method] for method in METHODS}
+    rows += [[method, f"{lr:g}"] + [spread([c[-1][key] for c in curves[method]]) for key in COLUMNS]
+             for method, lr in zip(METHODS, best)]
     table(f"{study}: {forget.name}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
-    epochs = range(0, EVERY * len(curves["SimNPO"][0]), EVERY)
+    epochs = zip(*(zip(*curves[method]) for method in METHODS))  # of each method, of each seed
     table(f"{study}: {forget.name}, forget quality / model utility along unlearning, mean of {len(SEEDS)} seeds",
-          [["", *(f"epoch {i}" for i in epochs)]] + [
-              [method, *(" / ".join(number(statistics.fmean(m[key] for m in epoch)) for key in COLUMNS[:2])
-                         for epoch in zip(*curves[method]))] for method in METHODS])
+          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in COLUMNS[:2])
+                                         for seeds in epoch)] for i, epoch in enumerate(epochs)])
     return curves
+
+
+def unlearn(study, forget, target, recipe, method, lr, seed):
+    """The folder of one method's run, with a copy of the model after each epoch."""
+    flags = METHODS[method].format(weight=recipe["forget_weight"])
+    if forget.name == "forget10":
+        flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
+    return run(RUNS / study / f"{forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}", (
+        f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} --seed {seed} --save-every 0 "
+        "--snapshots 1epoch"))
+
+
+def best_rate(study, forget, target, reference, recipe, eval_flags, method):
+    """The learning rate that leaves the first seed best."""
+    grid = {lr: measure([unlearn(study, forget, target, recipe, method, lr, SEEDS[0])], forget, reference, *eval_flags)[0]
+            for lr in LEARNING_RATES[method]}
+    print(f"{forget.name} {method}: " + ", ".join(
+        f"lr {lr:g}: {number(m[COLUMNS[0]])} / {number(m[COLUMNS[1]])}" for lr, m in grid.items()), flush=True)
+    best = max(grid, key=lambda lr: balance(grid[lr]))
+    for lr in grid:
+        if lr != best:
+            for step in unlearn(study, forget, target, recipe, method, lr, SEEDS[0]).glob("step-*"):
+                drop_weights(step)
+    return best
+
+
+def curve(study, forget, target, reference, recipe, eval_flags, method, lr, seed):
+    """The metrics after each epoch of a run."""
+    output = unlearn(study, forget, target, recipe, method, lr, seed)
+    steps = sorted(output.glob("step-*"))
+    metrics = measure(steps, forget, reference, *eval_flags)
+    for step in steps:
+        drop_weights(step)
+    return metrics
 
 
 def draw(results, picture, title):
@@ -197,9 +224,9 @@ def tofu(options):
     if not (home / "init" / "config.json").exists():
         make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 160 --layers 3 --heads 4 --init-std 0.06".split(),
                          "--output", str(home / "init")])
-    target, reference = (run(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
-                             "--batch-size 16 --save-every 5epochs") for name in ("full", "retain95"))
-    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 12},
+    target, reference = each(run, [(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
+                                    "--batch-size 16 --save-every 4epochs") for name in ("full", "retain95")])
+    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8},
                      ("--limit", "100", "--max-new-tokens", "100"))
     if options.picture:
         draw({"forget05": curves}, options.picture, "Real TOFU, a small Llama trained from scratch")
@@ -209,34 +236,40 @@ def tofu(options):
 
 def relearn(options):
     """Fine-tune each unlearned forget05 model of `methods` on a part of the forget set; measure the rest."""
-    forget, reference = ROOT / "data" / "forget05", builtin("retain95", "retain95")
+    reference = builtin("retain95", "retain95")
+    measured = ("forget quality", "answer probability")
+    rows = [["", "relearnt on", *(f"{what}, epoch {i}" for what in measured for i in range(4))]]
+    tasks = [(method, part, reference) for method in METHODS for part in ("random 20%", "shortest 20%")]
+    for (method, part, _), curves in zip(tasks, each(relearn_method, tasks)):
+        epochs = [list(zip(*epoch)) for epoch in zip(*curves)]
+        rows.append([method, part, *(spread(q) for q, _ in epochs), *(spread(p) for _, p in epochs)])
+    table(f"relearn: forget05 without the relearnt part; mean (range) of {len(SEEDS)} seeds", rows)
+
+
+def relearn_method(method, part, reference):
+    """[[(forget quality, answer probability) before and after each epoch] of each seed]."""
+    forget, curves = ROOT / "data" / "forget05", []
     records = [{key: r[key] for key in ("question", "answer")} for r in read_records(forget)]
     fifth = len(records) // 5
-    rows = [["", "relearnt on", *(f"{what}, epoch {i}" for what in ("forget quality", "answer probability") for i in range(4))]]
-    for method in METHODS:
-        for part in ("random 20%", "shortest 20%"):
-            curves = []
-            for seed in SEEDS:
-                found = list((RUNS / "methods").glob(f"forget05-{method.replace(' ', '_')}-lr*-seed{SEEDS[-1]}/config.json"))
-                if not found:
-                    sys.exit("error: run `python tests/experiments.py methods` first")
-                start = Path(str(found[0].parent).replace(f"seed{SEEDS[-1]}", f"seed{seed}"))  # the best has every seed
-                chosen = random.Random(seed).sample(records, fifth) if part[0] == "r" else sorted(
-                    records, key=lambda r: len(r["answer"]))[:fifth]
-                file = RUNS / "relearn" / f"{part.split()[0]}-{seed}.jsonl"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
-                output = run(RUNS / "relearn" / f"{start.name}-{part.split()[0]}", (
-                    f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
-                    "--save-every 0 --snapshots 1epoch"))
-                models = [start, *sorted(output.glob("step-*"))]
-                measure(models, forget, reference, *EVAL)
-                for step in models[1:]:
-                    drop_weights(step)
-                curves.append([rest_of(forget, model, reference, {r["question"] for r in chosen}) for model in models])
-            epochs = [list(zip(*epoch)) for epoch in zip(*curves)]
-            rows.append([method, part, *(spread(q) for q, _ in epochs), *(spread(p) for _, p in epochs)])
-    table(f"relearn: forget05 without the relearnt part; mean (range) of {len(SEEDS)} seeds", rows)
+    for seed in SEEDS:
+        found = list((RUNS / "methods").glob(f"forget05-{method.replace(' ', '_')}-lr*-seed{SEEDS[-1]}/config.json"))
+        if not found:
+            sys.exit("error: run `python tests/experiments.py methods` first")
+        start = Path(str(found[0].parent).replace(f"seed{SEEDS[-1]}", f"seed{seed}"))  # the best has every seed
+        chosen = random.Random(seed).sample(records, fifth) if part[0] == "r" else sorted(
+            records, key=lambda r: len(r["answer"]))[:fifth]
+        file = RUNS / "relearn" / f"{method.replace(' ', '_')}-{part.split()[0]}-{seed}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
+        output = run(file.with_suffix(""), (
+            f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
+            "--save-every 0 --snapshots 1epoch"))
+        models = [start, *sorted(output.glob("step-*"))]
+        measure(models[1:], forget, reference, *EVAL)
+        for step in models[1:]:
+            drop_weights(step)
+        curves.append([rest_of(forget, model, reference, {r["question"] for r in chosen}) for model in models])
+    return curves
 
 
 def rest_of(forget, model, reference, learnt):
@@ -259,21 +292,29 @@ def markov(options):
         make_markov.write_all(data)
     for setting in make_markov.SETTINGS:
         folder, home = data / setting, RUNS / "markov" / setting
-        target, reference = (run(home / name, f"--init {data / 'model'} --retain {folder / file} --epochs 5 --batch-size 128 "
-                                 "--lr 5e-4 --save-every 0") for name, file in (("target", "target"), ("reference", "retain")))
+        starts = [(home / name, f"--init {data / 'model'} --retain {folder / file} --epochs 5 --batch-size 128 --lr 5e-4 "
+                   "--save-every 0") for name, file in (("target", "target"), ("reference", "retain"))]
+        target, reference = each(run, starts)
         forget = sample(folder, 100, home / "forget.jsonl")
-        for method, retain_loss in itertools.product(BETAS, ("none", "nll")):
-            for beta, seed in itertools.product(BETAS[method], SEEDS):
-                output = run(home / f"{method}-{retain_loss}-beta{beta:g}-seed{seed}", (
-                    f"--model {target} --forget {forget} --retain {folder / 'retain'} --loss {method.lower()} --beta {beta} "
-                    f"--retain-loss {retain_loss} --forget-weight 1 --epochs 1 --batch-size 4 --lr 5e-4 --schedule constant "
-                    f"--seed {seed} --save-every 0 --snapshots 10"))
-                name = method + " + retain" * (retain_loss == "nll")
-                curves.setdefault((setting, name, beta), []).append(
-                    [divergences(model, reference, folder) for model in (target, *sorted(output.glob("step-*")))])
+        divergences(target, reference, folder)  # kept: what every task begins with
+        tasks = [(method, retain_loss, beta, seed) for method in BETAS for retain_loss in ("none", "nll")
+                 for beta in BETAS[method] for seed in SEEDS]
+        found = each(functools.partial(markov_curve, folder, home, target, reference, forget), tasks)
+        for (method, retain_loss, beta, _), curve in zip(tasks, found):
+            name = method + " + retain" * (retain_loss == "nll")
+            curves.setdefault((setting, name, beta), []).append(curve)
         markov_tables(setting, {key[1:]: seeds for key, seeds in curves.items() if key[0] == setting})
     if options.picture:
         draw_markov(curves, options.picture)
+
+
+def markov_curve(folder, home, target, reference, forget, method, retain_loss, beta, seed):
+    """Divergences at the start and after every 10 steps."""
+    output = run(home / f"{method}-{retain_loss}-beta{beta:g}-seed{seed}", (
+        f"--model {target} --forget {forget} --retain {folder / 'retain'} --loss {method.lower()} --beta {beta} "
+        f"--retain-loss {retain_loss} --forget-weight 1 --epochs 1 --batch-size 4 --lr 5e-4 --schedule constant "
+        f"--seed {seed} --save-every 0 --snapshots 10"))
+    return [divergences(model, reference, folder) for model in (target, *sorted(output.glob("step-*")))]
 
 
 def sample(folder, count, path):
