@@ -265,7 +265,7 @@ def relearn_method(method, part, reference):
             f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
             "--save-every 0 --snapshots 1epoch"))
         models = [start, *sorted(output.glob("step-*"))]
-        measure(models[1:], forget, reference, *EVAL)
+        measure(models, forget, reference, *EVAL)
         for step in models[1:]:
             drop_weights(step)
         curves.append([rest_of(forget, model, reference, {r["question"] for r in chosen}) for model in models])

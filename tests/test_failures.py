@@ -709,10 +709,10 @@ def stop_in(step, number):
 
 
 def test_a_signal_before_training(world, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(train, "load_start", lambda args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
+    monkeypatch.setattr(train, "load_start", lambda args: signal.raise_signal(signal.SIGINT))
     assert train.main(words(RUN, world)) == 130
     assert capfd.readouterr().err == "error: interrupted\n" and not Path("out").exists()
-    monkeypatch.setattr(evaluation, "load", lambda *args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
+    monkeypatch.setattr(evaluation, "load", lambda *args: signal.raise_signal(signal.SIGINT))
     assert evaluation.main(words("{model} --forget {tofu}/forget05", world)) == 130
     assert capfd.readouterr().err == "error: interrupted\n"
 
