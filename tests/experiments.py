@@ -118,27 +118,30 @@ def pyplot():
 # 1. Methods, and 2. the same on real TOFU
 
 COLUMNS = ("forget quality (KS p)", "model utility", "forget probability", "retain probability")
+QUALITY, PROBABILITIES = COLUMNS[:2], COLUMNS[2:]
 
 
 def harmonic(*values):
     return statistics.harmonic_mean(values) if all(values) else 0.0
 
 
-def balance(metrics):
-    """What `best` means: the harmonic mean of forget quality and model utility at the last epoch."""
-    return harmonic(metrics["forget quality (KS p)"], metrics["model utility"])
+def balance(metrics, axes):
+    """What `best` means: the harmonic mean of what is forgotten and what is kept at the last epoch."""
+    forgotten, kept = (metrics[key] for key in axes)
+    return harmonic(1 - forgotten if axes == PROBABILITIES else forgotten, kept)
 
 
-def compare(study, forget, target, reference, recipe, eval_flags=()):
+def compare(study, forget, target, reference, recipe, axes, eval_flags=()):
     """Each method at its best learning rate (by the first seed), with every seed, measured after each epoch.
 
-    Prints two tables; returns {method: [[metrics at the start, ..., after the last epoch] of each seed]}.
+    `axes` are the two metrics to choose by and to show along the way. Prints two tables; returns {method: [[metrics at the
+    start, ..., after the last epoch] of each seed]}.
     """
     start, = measure([target], forget, reference, *eval_flags)
     retrained, = measure([reference], forget, reference, *eval_flags)
     rows = [["", "lr", *COLUMNS]]
     rows += [[name, ""] + [number(m[key]) for key in COLUMNS] for name, m in (("target", start), ("retain-only", retrained))]
-    best = each(functools.partial(best_rate, study, forget, target, reference, recipe, eval_flags), zip(METHODS))
+    best = each(functools.partial(best_rate, study, forget, target, reference, recipe, axes, eval_flags), zip(METHODS))
     tasks = [(method, lr, seed) for method, lr in zip(METHODS, best) for seed in SEEDS]
     found = each(functools.partial(curve, study, forget, target, reference, recipe, eval_flags), tasks)
     curves = {method: [[start] + c for (name, *_), c in zip(tasks, found) if name == method] for method in METHODS}
@@ -146,8 +149,8 @@ def compare(study, forget, target, reference, recipe, eval_flags=()):
              for method, lr in zip(METHODS, best)]
     table(f"{study}: {forget.name}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
     epochs = zip(*(zip(*curves[method]) for method in METHODS))  # of each method, of each seed
-    table(f"{study}: {forget.name}, forget quality / model utility along unlearning, mean of {len(SEEDS)} seeds",
-          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in COLUMNS[:2])
+    table(f"{study}: {forget.name}, {' / '.join(axes)} along unlearning, mean of {len(SEEDS)} seeds",
+          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in axes)
                                          for seeds in epoch)] for i, epoch in enumerate(epochs)])
     return curves
 
@@ -162,13 +165,13 @@ def unlearn(study, forget, target, recipe, method, lr, seed):
         "--snapshots 1epoch"))
 
 
-def best_rate(study, forget, target, reference, recipe, eval_flags, method):
+def best_rate(study, forget, target, reference, recipe, axes, eval_flags, method):
     """The learning rate that leaves the first seed best."""
     grid = {lr: measure([unlearn(study, forget, target, recipe, method, lr, SEEDS[0])], forget, reference, *eval_flags)[0]
             for lr in LEARNING_RATES[method]}
     print(f"{forget.name} {method}: " + ", ".join(
-        f"lr {lr:g}: {number(m[COLUMNS[0]])} / {number(m[COLUMNS[1]])}" for lr, m in grid.items()), flush=True)
-    best = max(grid, key=lambda lr: balance(grid[lr]))
+        f"lr {lr:g}: {number(m[axes[0]])} / {number(m[axes[1]])}" for lr, m in grid.items()), flush=True)
+    best = max(grid, key=lambda lr: balance(grid[lr], axes))
     for lr in grid:
         if lr != best:
             for step in unlearn(study, forget, target, recipe, method, lr, SEEDS[0]).glob("step-*"):
@@ -186,21 +189,22 @@ def curve(study, forget, target, reference, recipe, eval_flags, method, lr, seed
     return metrics
 
 
-def draw(results, picture, title):
-    """Forget quality against model utility along unlearning, one line a seed, one colour a method, one panel a split."""
+def draw(results, axes, picture, title):
+    """What is forgotten against what is kept along unlearning, a line a seed, a colour a method, a panel a split."""
     plt = pyplot()
     figure, panels = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.8), squeeze=False)
+    height = (lambda p: math.log10(max(p, 1e-30))) if axes == QUALITY else float
     for (split, curves), panel in zip(results.items(), panels[0]):
         for i, (method, seeds) in enumerate(curves.items()):
             for k, curve in enumerate(seeds):
-                x = [m["model utility"] for m in curve]
-                y = [math.log10(max(m["forget quality (KS p)"], 1e-30)) for m in curve]
+                x, y = [m[axes[1]] for m in curve], [height(m[axes[0]]) for m in curve]
                 panel.plot(x, y, ".-", color=f"C{i}", lw=1, ms=4, alpha=0.8, label=None if k else method)
                 panel.plot(x[-1], y[-1], "o", color=f"C{i}")
-        panel.axhline(math.log10(0.05), color="gray", ls=":", lw=1)
-        panel.set(title=split, xlabel="model utility", ylabel="log10 forget quality")
+        if axes == QUALITY:
+            panel.axhline(height(0.05), color="gray", ls=":", lw=1)
+        panel.set(title=split, xlabel=axes[1], ylabel="log10 " * (axes == QUALITY) + axes[0])
     panels[0][0].legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
 
@@ -209,9 +213,10 @@ def methods(options):
     target, results = builtin("target", "full"), {}
     for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
-        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN, EVAL)
+        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN,
+                                 QUALITY, EVAL)
     if options.picture:
-        draw(results, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
+        draw(results, QUALITY, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
 
 
 def builtin(name, data):
@@ -219,17 +224,20 @@ def builtin(name, data):
 
 
 def tofu(options):
-    """The same on real TOFU's forget05, with a Llama that has never read anything but TOFU."""
+    """The same on real TOFU's forget05, with a Llama that has never read anything but TOFU.
+
+    Such a model has no knowledge of real authors and the world, and so no utility to compare by: probabilities instead.
+    """
     home, data = RUNS / "tofu", options.data
     if not (home / "init" / "config.json").exists():
         make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 160 --layers 3 --heads 4 --init-std 0.06".split(),
                          "--output", str(home / "init")])
     target, reference = each(run, [(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
                                     "--batch-size 16 --save-every 4epochs") for name in ("full", "retain95")])
-    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8},
+    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8}, PROBABILITIES,
                      ("--limit", "100", "--max-new-tokens", "100"))
     if options.picture:
-        draw({"forget05": curves}, options.picture, "Real TOFU, a small Llama trained from scratch")
+        draw({"forget05": curves}, PROBABILITIES, options.picture, "Real TOFU, a small Llama trained from scratch")
 
 
 # 3. Relearning
