@@ -708,7 +708,15 @@ def stop_in(step, number):
     train.take_step = stop_after(step, number)
 
 
-def test_a_signal_before_training(world, tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: a shell's background job starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_before_training(world, tmp_path, capfd, monkeypatch, ctrl_c):
     monkeypatch.setattr(train, "load_start", lambda args: signal.raise_signal(signal.SIGINT))
     assert train.main(words(RUN, world)) == 130
     assert capfd.readouterr().err == "error: interrupted\n" and not Path("out").exists()
