@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data.load import (InputError, Parser, Prompt, check_writable, collate, encode_answers, encode_prompts, find,
                        length_batches, load_examples, load_pretrained, load_skeleton, read_records)
 from data.porter import stem as porter_stem
-from simnpo import answer_hidden, answer_kl, check_head, head_logits
+from simnpo import answer_hidden, answer_kl, check_head, chunk_rows, head_logits
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +147,7 @@ def min_k(logps, share=0.4):
 def score_answers(model, examples, max_tokens):
     """(logps, right) of each Example, in order: the log-probability of each answer token, and if it is the argmax."""
     scores = [None] * len(examples)
-    rows = max(1, 2**24 // model.get_output_embeddings().weight.shape[0])  # logits held at once, like simnpo's
+    rows = chunk_rows(model)
     for batch in progress(length_batches([len(e.input_ids) for e in examples], max_tokens), "scoring"):
         ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
         hidden, targets = answer_hidden(model, ids, labels)
@@ -638,8 +638,6 @@ def relative(path):
     """A data path as a key that is the same wherever the project lies."""
     path = Path(path).resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
 
 
 # The table

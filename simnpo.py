@@ -153,16 +153,23 @@ def _sum_rows(values, mask):
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1), mask.sum(1)
 
 
+def chunk_rows(model, elements=None):
+    """How many hidden states go through the head at once: their logits hold `elements` numbers.
+
+    Backward reads and writes the head's whole gradient for every chunk; a GPU, where that would be most of the time, gets
+    chunks of 0.5 GB (fp32) instead of 64 MB.
+    """
+    weight = model.get_output_embeddings().weight
+    return max(1, (elements or (2**27 if weight.is_cuda else 2**24)) // weight.shape[0])
+
+
 def _chunked(function, model, *inputs, elements=None):
-    """function(*inputs), computed for so many rows at a time that a chunk of logits holds `elements` numbers.
+    """function(*inputs), computed for chunk_rows(model, elements) rows at a time.
 
     One chunk of logits is alive at a time, whatever N and V are: the last one's are kept for backward, which begins with
     it, and those of the others are computed again. So the last chunk is a full one, and the remainder comes first.
-    Every chunk also reads and writes the head's whole gradient; a GPU, where that would be most of the time, gets
-    chunks of 0.5 GB instead of 64 MB.
     """
-    elements = elements or (2**27 if inputs[0].is_cuda else 2**24)
-    rows = max(1, elements // model.get_output_embeddings().weight.shape[0])
+    rows = chunk_rows(model, elements)
     n = len(inputs[0])
     sizes = [n % rows] * (n % rows > 0) + [rows] * (n // rows)
     *early, last = zip(*(x.split(sizes) for x in inputs))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -691,7 +692,7 @@ def train(run, forget, retain):
                 say(f"Stopped after step {step} of {total}; go on with the same command and --resume")
                 return 128 + (caught or [signal.SIGTERM])[0]
         finish(run, total)
-    report(output, forget, time.time() - started)
+    report(args, time.time() - started)
     return 0
 
 
@@ -738,15 +739,27 @@ def probe(run, log, step, epoch, forget, retain):
     log.write(json.dumps(record) + "\n")
 
 
-def report(output, forget, seconds):
+def report(args, seconds):
     """What came of it, and what to do next."""
     if ranks()[0]:
         return
-    records = [json.loads(line) for line in (output / "metrics.jsonl").open()]
+    records = [json.loads(line) for line in (args.output / "metrics.jsonl").open()]
     probes = [r for r in records if "epoch" in r]
     changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
                for name in ("forget_prob", "retain_prob") if probes and name in probes[0]]
-    say(f"{output}: answer probability {', '.join(changes)} in {seconds:.0f} s")
+    say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s")
+    if args.forget and (data := evaluation_flags(args, find(args.forget))):
+        say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
+
+
+def evaluation_flags(args, forget):
+    """How eval.py is told of this data; none for data that has no evaluation files beside it."""
+    if forget.parent.name == "raw":  # MUSE
+        return ["--muse", str(forget.parent.parent)]
+    if not forget.with_name(f"{forget.stem}_perturbed{forget.suffix}").exists():
+        return []
+    prompt = {f"--{name}": getattr(args, name) for name in ("template", "system", "date")}
+    return ["--forget", args.forget, *(word for flag, value in prompt.items() if value for word in (flag, value))]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -131,62 +132,70 @@ def balance(metrics, axes):
     return harmonic(1 - forgotten if axes == PROBABILITIES else forgotten, kept)
 
 
-def compare(study, forget, target, reference, recipe, axes, eval_flags=()):
+class Study(NamedTuple):
+    """What the methods are compared on."""
+    name: str
+    forget: Path
+    target: Path
+    reference: Path  # the retain-only model
+    recipe: dict  # epochs, and SimNPO's forget weight
+    axes: tuple  # the two metrics to choose by and to show along the way
+    eval_flags: tuple
+
+    def measure(self, models):
+        return measure(models, self.forget, self.reference, *self.eval_flags)
+
+    def unlearn(self, method, lr, seed):
+        """The folder of one method's run, with a copy of the model after each epoch."""
+        flags = METHODS[method].format(weight=self.recipe["forget_weight"])
+        if self.forget.name == "forget10":
+            flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
+        return run(RUNS / self.name / f"{self.forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}", (
+            f"--model {self.target} --forget {self.forget} {flags} --epochs {self.recipe['epochs']} --lr {lr} --seed {seed} "
+            "--save-every 0 --snapshots 1epoch"))
+
+    def best_rate(self, method):
+        """The learning rate that leaves the first seed best."""
+        outputs = {lr: self.unlearn(method, lr, SEEDS[0]) for lr in LEARNING_RATES[method]}
+        grid = dict(zip(outputs, self.measure(outputs.values())))
+        print(f"{self.forget.name} {method}: " + ", ".join(
+            f"lr {lr:g}: {' / '.join(number(m[key]) for key in self.axes)}" for lr, m in grid.items()), flush=True)
+        best = max(grid, key=lambda lr: balance(grid[lr], self.axes))
+        for lr in outputs.keys() - {best}:
+            for step in outputs[lr].glob("step-*"):
+                drop_weights(step)
+        return best
+
+    def curve(self, method, lr, seed):
+        """The metrics after each epoch of a run."""
+        steps = sorted(self.unlearn(method, lr, seed).glob("step-*"))
+        metrics = self.measure(steps)
+        for step in steps:
+            drop_weights(step)
+        return metrics
+
+
+def compare(study):
     """Each method at its best learning rate (by the first seed), with every seed, measured after each epoch.
 
-    `axes` are the two metrics to choose by and to show along the way. Prints two tables; returns {method: [[metrics at the
-    start, ..., after the last epoch] of each seed]}.
+    Prints two tables; returns {method: [[metrics at the start, ..., after the last epoch] of each seed]}.
     """
-    start, = measure([target], forget, reference, *eval_flags)
-    retrained, = measure([reference], forget, reference, *eval_flags)
+    (start,), (retrained,) = study.measure([study.target]), study.measure([study.reference])
     rows = [["", "lr", *COLUMNS]]
     rows += [[name, ""] + [number(m[key]) for key in COLUMNS] for name, m in (("target", start), ("retain-only", retrained))]
-    best = each(functools.partial(best_rate, study, forget, target, reference, recipe, axes, eval_flags), zip(METHODS))
+    best = each(study.best_rate, zip(METHODS))
     tasks = [(method, lr, seed) for method, lr in zip(METHODS, best) for seed in SEEDS]
-    found = each(functools.partial(curve, study, forget, target, reference, recipe, eval_flags), tasks)
+    found = each(study.curve, tasks)
     curves = {method: [[start] + c for (name, *_), c in zip(tasks, found) if name == method] for method in METHODS}
     rows += [[method, f"{lr:g}"] + [spread([c[-1][key] for c in curves[method]]) for key in COLUMNS]
              for method, lr in zip(METHODS, best)]
-    table(f"{study}: {forget.name}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
+    split = f"{study.name}: {study.forget.name}"
+    table(f"{split}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
     epochs = zip(*(zip(*curves[method]) for method in METHODS))  # of each method, of each seed
-    table(f"{study}: {forget.name}, {' / '.join(axes)} along unlearning, mean of {len(SEEDS)} seeds",
-          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in axes)
+    table(f"{split}, {' / '.join(study.axes)} along unlearning, mean of {len(SEEDS)} seeds",
+          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in study.axes)
                                          for seeds in epoch)] for i, epoch in enumerate(epochs)])
     return curves
-
-
-def unlearn(study, forget, target, recipe, method, lr, seed):
-    """The folder of one method's run, with a copy of the model after each epoch."""
-    flags = METHODS[method].format(weight=recipe["forget_weight"])
-    if forget.name == "forget10":
-        flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
-    return run(RUNS / study / f"{forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}", (
-        f"--model {target} --forget {forget} {flags} --epochs {recipe['epochs']} --lr {lr} --seed {seed} --save-every 0 "
-        "--snapshots 1epoch"))
-
-
-def best_rate(study, forget, target, reference, recipe, axes, eval_flags, method):
-    """The learning rate that leaves the first seed best."""
-    grid = {lr: measure([unlearn(study, forget, target, recipe, method, lr, SEEDS[0])], forget, reference, *eval_flags)[0]
-            for lr in LEARNING_RATES[method]}
-    print(f"{forget.name} {method}: " + ", ".join(
-        f"lr {lr:g}: {number(m[axes[0]])} / {number(m[axes[1]])}" for lr, m in grid.items()), flush=True)
-    best = max(grid, key=lambda lr: balance(grid[lr], axes))
-    for lr in grid:
-        if lr != best:
-            for step in unlearn(study, forget, target, recipe, method, lr, SEEDS[0]).glob("step-*"):
-                drop_weights(step)
-    return best
-
-
-def curve(study, forget, target, reference, recipe, eval_flags, method, lr, seed):
-    """The metrics after each epoch of a run."""
-    output = unlearn(study, forget, target, recipe, method, lr, seed)
-    steps = sorted(output.glob("step-*"))
-    metrics = measure(steps, forget, reference, *eval_flags)
-    for step in steps:
-        drop_weights(step)
-    return metrics
 
 
 def draw(results, axes, picture, title):
@@ -213,8 +222,8 @@ def methods(options):
     target, results = builtin("target", "full"), {}
     for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
-        results[split] = compare("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN,
-                                 QUALITY, EVAL)
+        results[split] = compare(Study("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN,
+                                       QUALITY, EVAL))
     if options.picture:
         draw(results, QUALITY, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
 
@@ -234,8 +243,8 @@ def tofu(options):
                          "--output", str(home / "init")])
     target, reference = each(run, [(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
                                     "--batch-size 16 --save-every 4epochs") for name in ("full", "retain95")])
-    curves = compare("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8}, PROBABILITIES,
-                     ("--limit", "100", "--max-new-tokens", "100"))
+    curves = compare(Study("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8}, PROBABILITIES,
+                           ("--limit", "100", "--max-new-tokens", "100")))
     if options.picture:
         draw({"forget05": curves}, PROBABILITIES, options.picture, "Real TOFU, a small Llama trained from scratch")
 

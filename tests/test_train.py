@@ -19,7 +19,7 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 import train
-from data.load import Example
+from data.load import Example, find
 
 LOSSES = [(loss, retain) for loss in ("simnpo", "npo", "ga") for retain in ("nll", "kl", "none")]
 
@@ -352,6 +352,18 @@ def test_unlearning(loss, retain_loss, world, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert own_probability(model, tokenizer, RECORDS[:4]) == pytest.approx(probes[-1]["forget_prob"], abs=1e-4)
+
+
+@pytest.mark.parametrize("files, forget, flags", [
+    (["forget05.json", "forget05_perturbed.json"], "forget05", ["--forget", "{}/forget05", "--template", "llama2"]),
+    (["news/raw/forget.txt"], "news/raw/forget", ["--muse", "{}/news"]),
+    (["own.jsonl"], "own.jsonl", [])])
+def test_the_next_command_fits_the_data(files, forget, flags, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    args = argparse.Namespace(forget=str(tmp_path / forget), template="llama2", system=None, date=None)
+    assert train.evaluation_flags(args, find(args.forget)) == [flag.format(tmp_path) for flag in flags]
 
 
 def own_probability(model, tokenizer, records):
