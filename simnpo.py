@@ -13,6 +13,9 @@ the right: causal attention never looks right, so no attention mask is needed an
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
@@ -56,7 +59,7 @@ def sequence_logps(logits, labels):
     Raises ValueError when a sequence has no answer token.
     """
     mask = _answer_mask(labels)
-    return _sum_rows(_token_logps(logits[:, :-1][mask], labels[:, 1:][mask]), mask)
+    return _sum_rows(_TokenLogps.apply(logits[:, :-1][mask], labels[:, 1:][mask]), mask)
 
 
 # Log-probabilities, the fast way: the head sees answer positions only, a chunk at a time.
@@ -74,7 +77,7 @@ def answer_logps(model, input_ids, labels):
 def answer_token_logps(model, input_ids, labels):
     """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence."""
     hidden, targets = answer_hidden(model, input_ids, labels)
-    return _chunked(lambda h, t: _token_logps(head_logits(model, h), t), model, hidden, targets)
+    return _chunked(lambda head, h, t: _TokenLogps.apply(head_logits(model, h, head), t), model, hidden, targets)
 
 
 def answer_kl(model, reference, input_ids, labels):
@@ -87,10 +90,10 @@ def answer_kl(model, reference, input_ids, labels):
     with torch.no_grad():
         ref_hidden, _ = answer_hidden(reference, input_ids, labels)
 
-    def token_kl(h, ref_h):
+    def token_kl(head, h, ref_h):
         with torch.no_grad():
-            ref = _upcast(head_logits(reference, ref_h)).log_softmax(-1)
-        logps = _upcast(head_logits(model, h)).log_softmax(-1)
+            ref = _log_softmax(head_logits(reference, ref_h))
+        logps = _log_softmax(head_logits(model, h, head))
         return F.kl_div(logps, ref, reduction="none", log_target=True).sum(-1)
 
     return _sum_rows(_chunked(token_kl, model, hidden, ref_hidden), mask)
@@ -103,10 +106,13 @@ def answer_hidden(model, input_ids, labels):
     return hidden[:, :-1][mask], labels[:, 1:][mask]
 
 
-def head_logits(model, hidden):
-    """The model's own logits of hidden states, its scaling and soft-capping included: (N,H) -> (N,V)."""
+def head_logits(model, hidden, head=None):
+    """The model's own logits of hidden states, its scaling and soft-capping included: (N,H) -> (N,V).
+
+    `head` stands for the model's output embeddings, if given.
+    """
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
+    logits = (head or model.get_output_embeddings())(hidden)
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite
@@ -140,12 +146,26 @@ def _answer_mask(labels):
     return mask
 
 
-def _upcast(x):
-    return x if x.dtype == torch.float64 else x.float()
+def _log_softmax(logits):
+    """In fp32 at least: (N,V) -> (N,V)."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _token_logps(logits, targets):
-    return -F.cross_entropy(_upcast(logits), targets, reduction="none")
+class _TokenLogps(torch.autograd.Function):
+    """log pi(target) of each row: (N,V), (N,) -> (N,). As F.cross_entropy, with one tensor of (N,V) less in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        logps = _log_softmax(logits)
+        ctx.save_for_backward(logps, targets)
+        return logps.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logps, targets = ctx.saved_tensors
+        slope = logps.exp().mul_(-grad[:, None])  # d logps[i] / d logits[i] = one-hot(target) - softmax
+        return slope.scatter_add_(1, targets[:, None], grad[:, None]), None
 
 
 def _sum_rows(values, mask):
@@ -163,17 +183,55 @@ def chunk_rows(model, elements=None):
     return max(1, (elements or (2**27 if weight.is_cuda else 2**24)) // weight.shape[0])
 
 
-def _chunked(function, model, *inputs, elements=None):
-    """function(*inputs), computed for chunk_rows(model, elements) rows at a time.
+def _chunked(function, model, hidden, other, elements=None):
+    """function(head, hidden, other), computed for chunk_rows(model, elements) rows at a time.
 
     One chunk of logits is alive at a time, whatever N and V are: the last one's are kept for backward, which begins with
     it, and those of the others are computed again. So the last chunk is a full one, and the remainder comes first.
     """
-    rows = chunk_rows(model, elements)
-    n = len(inputs[0])
+    rows, n = chunk_rows(model, elements), len(hidden)
     sizes = [n % rows] * (n % rows > 0) + [rows] * (n // rows)
-    *early, last = zip(*(x.split(sizes) for x in inputs))
+    head, hidden = _summing_head(model.get_output_embeddings(), hidden)
+    *early, last = zip(hidden.split(sizes), other.split(sizes))
     again = dict(use_reentrant=False, preserve_rng_state=False)
-    if not torch.is_grad_enabled():
-        return torch.cat([function(*chunk) for chunk in (*early, last)])
-    return torch.cat([*(checkpoint(function, *chunk, **again) for chunk in early), function(*last)])
+    return torch.cat([*(checkpoint(function, head, *chunk, **again) for chunk in early), function(head, *last)])
+
+
+def _summing_head(head, hidden):
+    """A head that adds its weight's gradient up in place, chunk after chunk, and the hidden states to call it with.
+
+    Autograd by itself has three copies of that gradient while it adds the chunks', and they are the largest tensors of
+    all where the vocabulary is large. Heads that are no plain nn.Linear (LoRA) are left to it.
+    """
+    if not torch.is_grad_enabled() or type(head) is not nn.Linear or not head.weight.requires_grad:
+        return head, hidden
+    weight, device, total = head.weight.detach(), head.weight.device.type, []
+    if torch.is_autocast_enabled(device):
+        weight = weight.to(torch.get_autocast_dtype(device))  # once, not once a chunk
+
+    def summing_head(h):
+        def add(grad):
+            if total:
+                total[0].addmm_(grad.T, h.to(grad.dtype))
+            else:
+                total.append(grad.T @ h.to(grad.dtype))
+
+        logits = functional_call(head, {"weight": weight}, (h,))
+        logits.register_hook(add)
+        return logits
+
+    return summing_head, _WithGradient.apply(hidden, head.weight, total)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The hidden states as they are. Backward comes here after all chunks, and gives `weight` what is in `total` by then."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, total):
+        ctx.total = total
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, ctx.total.pop(), None

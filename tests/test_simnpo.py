@@ -307,6 +307,100 @@ def test_logits_of_all_positions_are_never_held(kl, monkeypatch):
     assert ours.elements <= max(chunk, model.lm_head.weight.numel())
 
 
+class Wrapped(torch.nn.Module):
+    """A head with a weight that is no plain nn.Linear, as adapters make them."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.extra = head, torch.nn.Linear(16, VOCAB, bias=False, dtype=torch.float64)
+
+    weight = property(lambda self: self.head.weight)
+
+    def forward(self, hidden):
+        return self.head(hidden) + self.extra(hidden)
+
+
+def with_head(kind):
+    """A model whose head is tied, has a bias, is frozen, or is no plain nn.Linear."""
+    model = make("llama tied" if kind == "tied" else "llama")
+    if kind == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=torch.float64))
+    elif kind == "frozen":
+        model.lm_head.requires_grad_(False)
+    elif kind == "wrapped":
+        model.lm_head = Wrapped(model.lm_head)
+    elif kind == "frozen body":
+        model.get_decoder().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tied", "bias", "frozen", "wrapped", "frozen body"])
+def test_any_head_gets_its_gradient(kind, monkeypatch):
+    """Twice through one graph, as who weighs two losses by their gradients does, and added to what is there."""
+    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+    model, (ids, labels) = with_head(kind), batch()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain, _ = simnpo.sequence_logps(model(input_ids=ids).logits, labels)
+    first, both = (torch.autograd.grad(loss, trained.values(), retain_graph=True) for loss in (plain[0], plain.sum()))
+    assert max(g.abs().max() for g in both) > 1e-3
+    logps, _ = simnpo.answer_logps(model, ids, labels)
+    for got, want in zip(torch.autograd.grad(logps[0], trained.values(), retain_graph=True), first):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    logps.sum().backward(retain_graph=True)
+    logps[0].backward()
+    for (name, p), *expected in zip(trained.items(), first, both):
+        torch.testing.assert_close(p.grad, sum(expected), rtol=1e-9, atol=1e-11, msg=name)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_under_bf16_autocast():
+    """Values and gradients of the head near those of float64 arithmetic on the same hidden states."""
+    model, (ids, labels) = make("llama", dtype=torch.float32), batch()
+    hidden, targets = simnpo.answer_hidden(model, ids, labels)
+    exact = make("llama").lm_head.requires_grad_()
+    want = exact(hidden.detach().double()).log_softmax(-1)[range(len(targets)), targets]
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simnpo, "answer_hidden", lambda *_: (hidden.detach(), targets))
+        patch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+        got = simnpo.answer_token_logps(model, ids, labels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
+    got.sum().backward()
+    want.sum().backward()
+    difference = (model.lm_head.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert 0 < difference < 0.02
+
+
+class Made(TorchDispatchMode):
+    """Keeps the data of every tensor of as many numbers, by address: its data only, since autograd copies what is held."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.storages = numel, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        same = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.numel() == self.numel)
+        self.storages |= {t.data_ptr(): t.untyped_storage() for t in same}
+        return result
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_the_heads_gradient_is_added_up_in_place(kl, monkeypatch):
+    """One tensor of its size, where autograd makes several: 19 answer tokens, 3 of them a chunk."""
+    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+    (ids, labels), made = batch(), {}
+    for kind in ("llama", "wrapped"):
+        model, reference = with_head(kind), make("llama", seed=1)
+        model.get_input_embeddings().requires_grad_(False)
+        with Made(VOCAB * 16) as mode:
+            values, _ = simnpo.answer_kl(model, reference, ids, labels) if kl else simnpo.answer_logps(model, ids, labels)
+            values.sum().backward()
+        made[kind] = mode.storages.keys() - {p.data_ptr() for m in (model, reference) for p in m.parameters()}
+    assert len(made["llama"]) == 1
+    assert len(made["wrapped"]) > 3
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 10), st.integers(0, 2**31), st.integers(1, 400))
 def test_any_labels_any_chunk(rows, width, seed, elements):
