@@ -8,7 +8,8 @@ this file can be copied into another project as it stands.
 
 Shapes: B sequences of T tokens, N answer tokens in all of them together, H hidden units, V words in the vocabulary.
 `labels` are `input_ids` with IGNORE wherever a token carries no loss (the prompt and the padding). Padding belongs on
-the right: causal attention never looks right, so no attention mask is needed and the fastest kernel applies.
+the right: causal attention never looks right, so no attention mask is needed and the fastest kernel applies. The
+log-probabilities can be differentiated once; a second time raises RuntimeError.
 """
 
 import torch

@@ -353,6 +353,16 @@ def test_any_head_gets_its_gradient(kind, monkeypatch):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+def test_differentiating_twice_is_an_error():
+    """And not a silently wrong number."""
+    model, (ids, labels) = make("llama"), batch()
+    for values in (simnpo.answer_logps(model, ids, labels)[0], simnpo.sequence_logps(model(input_ids=ids).logits, labels)[0],
+                   simnpo.answer_kl(model, make("llama", seed=1), ids, labels)[0]):
+        slope, = torch.autograd.grad(values.square().sum(), model.lm_head.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            slope.square().sum().backward()
+
+
 def test_under_bf16_autocast():
     """Values and gradients of the head near those of float64 arithmetic on the same hidden states."""
     model, (ids, labels) = make("llama", dtype=torch.float32), batch()
