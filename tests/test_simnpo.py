@@ -1,4 +1,5 @@
-"""The losses against their formulas in plain Python floats, and the fast log-probabilities against naive logits."""
+"""The losses against their formulas in plain Python floats, and the fast log-probabilities against
+naive logits."""
 
 import functools
 import math
@@ -9,24 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel,
-                          GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM)
+from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM,
+                          GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM,
+                          LlamaConfig, LlamaForCausalLM)
 
 import simnpo
 
 VOCAB = 61
-SIZE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+SIZE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+            bos_token_id=0, eos_token_id=1, pad_token_id=None)
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=False)),
     "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
-    "gemma2 soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZE, final_logit_softcapping=0.4)),
+    "gemma2 soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(
+        **SIZE, final_logit_softcapping=0.4)),
     "cohere scaled": lambda: CohereForCausalLM(CohereConfig(
         **{k: v for k, v in SIZE.items() if k != "head_dim"}, logit_scale=0.25)),
     "granite scaled": lambda: GraniteForCausalLM(GraniteConfig(
         **{k: v for k, v in SIZE.items() if k != "head_dim"}, logits_scaling=3.0)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32,
-                                               bos_token_id=0, eos_token_id=1)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32,
+        bos_token_id=0, eos_token_id=1)),
 }
 
 
@@ -41,7 +46,8 @@ def make(kind, seed=0, dtype=torch.float64):
 
 
 def batch():
-    """Prompts and padding of different lengths, a hole in one answer, and a label at position 0, which no token predicts."""
+    """Prompts and padding of different lengths, a hole in one answer, and a label at position 0,
+    which no token predicts."""
     ids = torch.randint(2, VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
     labels[0, :3] = labels[1, :5] = labels[2, :11] = -100
@@ -53,7 +59,8 @@ def naive_token_logps(logits, labels):
     """[(row, log-probability)] in float64, one token at a time."""
     logits = logits.double()
     return [(b, logits[b, t - 1, labels[b, t]] - torch.logsumexp(logits[b, t - 1], 0))
-            for b in range(labels.shape[0]) for t in range(1, labels.shape[1]) if labels[b, t] != -100]
+            for b in range(labels.shape[0]) for t in range(1, labels.shape[1])
+            if labels[b, t] != -100]
 
 
 def row_sums(pairs, rows):
@@ -61,7 +68,8 @@ def row_sums(pairs, rows):
 
 
 def gradients(model, loss):
-    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return dict(zip(dict(model.named_parameters()), grads))
 
 
 def assert_same_gradients(model, loss, expected):
@@ -97,7 +105,8 @@ betas = st.floats(0.01, 10)
 @given(lengths_, token_nll, betas, st.floats(-5, 5))
 def test_simnpo_value_and_gradient(length, nll, beta, gamma):
     size = torch.tensor([length])
-    value, slope = value_and_slope(lambda x: simnpo.simnpo_loss(x, size, beta, gamma), -nll * length)
+    value, slope = value_and_slope(lambda x: simnpo.simnpo_loss(x, size, beta, gamma),
+                                   -nll * length)
     assert value == pytest.approx(-2 / beta * log_sigmoid(beta * nll - gamma), rel=1e-9, abs=1e-12)
     assert slope == pytest.approx(2 / length * sigmoid(gamma - beta * nll), rel=1e-9, abs=1e-300)
 
@@ -113,7 +122,8 @@ def test_simnpo_gradient_is_the_papers_weight(length, nll, beta):
 @given(st.lists(st.tuples(lengths_, token_nll), min_size=1, max_size=8))
 def test_simnpo_as_beta_vanishes_is_gradient_ascent_over_length(pairs):
     lengths = torch.tensor([length for length, _ in pairs])
-    logps = torch.tensor([-nll * length for length, nll in pairs], dtype=torch.float64, requires_grad=True)
+    logps = torch.tensor([-nll * length for length, nll in pairs], dtype=torch.float64,
+                         requires_grad=True)
     small, = torch.autograd.grad(simnpo.simnpo_loss(logps, lengths, 1e-9).sum(), logps)
     ascent, = torch.autograd.grad(simnpo.grad_ascent_loss(logps, lengths).sum(), logps)
     assert small.tolist() == pytest.approx([1 / length for length, _ in pairs], rel=1e-6)
@@ -125,35 +135,40 @@ def test_gamma_shifts_the_margin():
     logps, lengths = torch.tensor([-6.0, -20.0], dtype=torch.float64), torch.tensor([4, 5])
     shifted = simnpo.simnpo_loss(logps + 0.7 / 2.5 * lengths, lengths, 2.5)
     torch.testing.assert_close(simnpo.simnpo_loss(logps, lengths, 2.5, 0.7), shifted)
-    assert (simnpo.simnpo_loss(logps, lengths, 2.5, 0.7) > simnpo.simnpo_loss(logps, lengths, 2.5)).all()
+    plain = simnpo.simnpo_loss(logps, lengths, 2.5)
+    assert (simnpo.simnpo_loss(logps, lengths, 2.5, 0.7) > plain).all()
 
 
 @given(st.floats(-200, 0), st.floats(-200, 0), st.floats(0.01, 2))
 def test_npo_value_and_gradient(logp, ref, beta):
-    value, slope = value_and_slope(lambda x: simnpo.npo_loss(x, torch.tensor([ref], dtype=torch.float64), beta), logp)
-    assert value == pytest.approx(-2 / beta * log_sigmoid(-beta * (logp - ref)), rel=1e-9, abs=1e-12)
+    ref_logps = torch.tensor([ref], dtype=torch.float64)
+    value, slope = value_and_slope(lambda x: simnpo.npo_loss(x, ref_logps, beta), logp)
+    expected = -2 / beta * log_sigmoid(-beta * (logp - ref))
+    assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert slope == pytest.approx(2 * sigmoid(beta * (logp - ref)), rel=1e-9)
 
 
 @given(lengths_, token_nll)
 def test_gradient_ascent_value_and_gradient(length, nll):
-    value, slope = value_and_slope(lambda x: simnpo.grad_ascent_loss(x, torch.tensor([length])), -nll * length)
+    size = torch.tensor([length])
+    value, slope = value_and_slope(lambda x: simnpo.grad_ascent_loss(x, size), -nll * length)
     assert value == pytest.approx(-nll, rel=1e-12)
     assert slope == pytest.approx(1 / length, rel=1e-12)
 
 
-def test_retain_nll_is_a_mean_over_tokens_not_sequences():
+def test_retain_nll_is_a_mean_over_sequences_of_token_means():
     logps = torch.tensor([-6.0, -1.0], dtype=torch.float64, requires_grad=True)
     loss = simnpo.retain_nll(logps, torch.tensor([3, 5]))
-    assert loss.item() == pytest.approx(7 / 8)
-    assert torch.autograd.grad(loss, logps)[0].tolist() == pytest.approx([-1 / 8, -1 / 8])
+    assert loss.item() == pytest.approx((6 / 3 + 1 / 5) / 2)
+    assert torch.autograd.grad(loss, logps)[0].tolist() == pytest.approx([-1 / 6, -1 / 10])
 
 
 @pytest.mark.parametrize("nll", [1e-8, 30.0, 1e4])
 def test_losses_stay_finite_in_fp32(nll):
     """A sequence known by heart and one that is impossible give neither inf nor nan."""
     logps = torch.tensor([-nll * 100], requires_grad=True)
-    for loss in (simnpo.simnpo_loss(logps, torch.tensor([100]), 4.5, 3.0), simnpo.npo_loss(logps, torch.tensor([-50.0]), 0.1)):
+    for loss in (simnpo.simnpo_loss(logps, torch.tensor([100]), 4.5, 3.0),
+                 simnpo.npo_loss(logps, torch.tensor([-50.0]), 0.1)):
         slope, = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
         assert loss.isfinite().all() and slope.isfinite().all()
 
@@ -162,7 +177,8 @@ def test_losses_stay_finite_in_fp32(nll):
 
 def test_sequence_logps():
     ids, labels = batch()
-    logits = torch.randn(*ids.shape, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*ids.shape, VOCAB, dtype=torch.float64, generator=generator) * 4
     pairs = naive_token_logps(logits, labels)
     logps, lengths = simnpo.sequence_logps(logits, labels)
     torch.testing.assert_close(logps, row_sums(pairs, 4), rtol=1e-12, atol=1e-12)
@@ -170,18 +186,20 @@ def test_sequence_logps():
 
 
 def test_half_precision_logits_are_upcast():
-    """Against float64 on the very same bf16 numbers: a log-softmax taken in bf16 would be off by 1e-2."""
+    """Against float64 on the same bf16 numbers: a log-softmax in bf16 would be off by 1e-2."""
     ids, labels = batch()
-    logits = (torch.randn(*ids.shape, VOCAB, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(*ids.shape, VOCAB, generator=generator) * 4).bfloat16()
     logps, _ = simnpo.sequence_logps(logits, labels)
     assert logps.dtype == torch.float32
-    torch.testing.assert_close(logps.double(), row_sums(naive_token_logps(logits, labels), 4), rtol=1e-6, atol=1e-5)
+    expected = row_sums(naive_token_logps(logits, labels), 4)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("elements", [1, 3 * VOCAB, 2**24])
 @pytest.mark.parametrize("kind", MODELS)
 def test_answer_logps_are_those_of_the_models_logits(kind, elements, monkeypatch):
-    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=elements))
+    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
     model, (ids, labels) = make(kind), batch()
     simnpo.check_head(model)
     pairs = naive_token_logps(model(input_ids=ids).logits, labels)
@@ -192,24 +210,28 @@ def test_answer_logps_are_those_of_the_models_logits(kind, elements, monkeypatch
     weights = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
     assert_same_gradients(model, (weights * logps).sum(), (weights * expected).sum())
     tokens = simnpo.answer_token_logps(model, ids, labels)
-    torch.testing.assert_close(tokens, torch.stack([value for _, value in pairs]), rtol=1e-10, atol=1e-10)
+    wanted = torch.stack([value for _, value in pairs])
+    torch.testing.assert_close(tokens, wanted, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
-        torch.testing.assert_close(simnpo.answer_logps(model, ids, labels)[0], expected, rtol=1e-10, atol=1e-10)
+        logps, _ = simnpo.answer_logps(model, ids, labels)
+    torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
 
 
 def naive_kl(model, reference, ids, labels):
     """Sum over the vocabulary of p_ref * (log p_ref - log p), a token at a time."""
     p, q = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, reference))
     q = q.detach()
-    pairs = [(b, sum(q[b, t - 1, v].exp() * (q[b, t - 1, v] - p[b, t - 1, v]) for v in range(VOCAB)))
-             for b in range(labels.shape[0]) for t in range(1, labels.shape[1]) if labels[b, t] != -100]
+    pairs = [(b, sum(q[b, t - 1, v].exp() * (q[b, t - 1, v] - p[b, t - 1, v])
+                     for v in range(VOCAB)))
+             for b in range(labels.shape[0]) for t in range(1, labels.shape[1])
+             if labels[b, t] != -100]
     return row_sums(pairs, labels.shape[0])
 
 
 @pytest.mark.parametrize("elements", [1, 5 * VOCAB])
 @pytest.mark.parametrize("kind", ["llama", "gemma2 soft-capped", "gpt2"])
 def test_answer_kl(kind, elements, monkeypatch):
-    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=elements))
+    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
     model, reference, (ids, labels) = make(kind), make(kind, seed=1), batch()
     expected = naive_kl(model, reference, ids, labels)
     kl, lengths = simnpo.answer_kl(model, reference, ids, labels)
@@ -230,13 +252,15 @@ def test_kl_to_itself_is_zero_with_zero_gradient():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_right_padding_changes_nothing(kind):
-    """No attention mask is given, so whatever stands in the padding must not be looked at. (Some norms compute in fp32.)"""
+    """No attention mask is given, so whatever stands in the padding must not be looked at. (Some
+    norms compute in fp32.)"""
     model, (ids, labels) = make(kind), batch()
     expected, _ = simnpo.answer_logps(model, ids, labels)
     for filler in (0, 17):
         longer = torch.nn.functional.pad(ids, (0, 5), value=filler)
         masked = torch.nn.functional.pad(labels, (0, 5), value=-100)
-        torch.testing.assert_close(simnpo.answer_logps(model, longer, masked)[0], expected, rtol=1e-6, atol=1e-6)
+        logps, _ = simnpo.answer_logps(model, longer, masked)
+        torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_no_answer_token_is_an_error():
@@ -244,7 +268,8 @@ def test_no_answer_token_is_an_error():
     labels[2] = -100
     labels[2, 0] = 5  # the first token is predicted by nothing
     for call in (lambda: simnpo.sequence_logps(torch.zeros(4, 12, VOCAB), labels),
-                 lambda: simnpo.answer_logps(model, ids, labels), lambda: simnpo.answer_hidden(model, ids, labels),
+                 lambda: simnpo.answer_logps(model, ids, labels),
+                 lambda: simnpo.answer_hidden(model, ids, labels),
                  lambda: simnpo.answer_kl(model, model, ids, labels)):
         with pytest.raises(ValueError, match="answer token"):
             call()
@@ -274,35 +299,43 @@ def test_check_head_refuses_unknown_scaling(scale):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_check_head_accepts_what_is_known(kind, dtype):
-    """In training mode, dropout and all, which it leaves as it found it."""
+    """In training mode but for one layer, which it leaves as it found it."""
     model = make(kind, dtype=dtype).train()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
     simnpo.check_head(model)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.training and not frozen.training
+    assert all(p.grad is None for p in model.parameters())
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation gives, backward included."""
+    """The number of elements of the largest tensor that any operation gives, backward included."""
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements] + [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)])
+        tensors = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        self.elements = max([self.elements] + [t.numel() for t in tensors])
         return result
 
 
 @pytest.mark.parametrize("kl", [False, True])
 def test_logits_of_all_positions_are_never_held(kl, monkeypatch):
-    """B T V is 3.1 million numbers here, the answers' logits 0.6 million, a chunk of them and the weights 50,000."""
+    """B T V is 3.1 million numbers here, the answers' logits 0.6 million, a chunk of them and the
+    weights 50,000."""
     vocab, chunk = 3001, 50_000
-    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=chunk))
-    model, reference = (LlamaForCausalLM(LlamaConfig(**{**SIZE, "vocab_size": vocab})) for _ in range(2))
+    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=chunk))
+    config = LlamaConfig(**{**SIZE, "vocab_size": vocab})
+    model, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
     ids = torch.randint(2, vocab, (8, 130))
     labels = torch.where(torch.arange(130) > 104, ids, -100)
     with Largest() as naive:
         simnpo.sequence_logps(model(input_ids=ids).logits, labels)[0].sum().backward()
     assert naive.elements >= 8 * 130 * vocab  # the instrument sees what is there
     with Largest() as ours:
-        values, _ = simnpo.answer_kl(model, reference, ids, labels) if kl else simnpo.answer_logps(model, ids, labels)
+        values, _ = (simnpo.answer_kl(model, reference, ids, labels) if kl
+                     else simnpo.answer_logps(model, ids, labels))
         values.sum().backward()
     assert ours.elements <= max(chunk, model.lm_head.weight.numel())
 
@@ -336,12 +369,14 @@ def with_head(kind):
 
 @pytest.mark.parametrize("kind", ["tied", "bias", "frozen", "wrapped", "frozen body"])
 def test_any_head_gets_its_gradient(kind, monkeypatch):
-    """Twice through one graph, as who weighs two losses by their gradients does, and added to what is there."""
-    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+    """Twice through one graph, as who weighs two losses by their gradients does, and added to what
+    is there."""
+    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
     model, (ids, labels) = with_head(kind), batch()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain, _ = simnpo.sequence_logps(model(input_ids=ids).logits, labels)
-    first, both = (torch.autograd.grad(loss, trained.values(), retain_graph=True) for loss in (plain[0], plain.sum()))
+    first, both = (torch.autograd.grad(loss, trained.values(), retain_graph=True)
+                   for loss in (plain[0], plain.sum()))
     assert max(g.abs().max() for g in both) > 1e-3
     logps, _ = simnpo.answer_logps(model, ids, labels)
     for got, want in zip(torch.autograd.grad(logps[0], trained.values(), retain_graph=True), first):
@@ -353,25 +388,29 @@ def test_any_head_gets_its_gradient(kind, monkeypatch):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_differentiating_twice_is_an_error():
-    """And not a silently wrong number."""
+@pytest.mark.parametrize("reduce", [torch.sum, lambda values: values.square().sum()])
+@pytest.mark.parametrize("which", ["answer_logps", "sequence_logps", "answer_kl"])
+def test_differentiating_twice_is_an_error(which, reduce):
+    """And no silently wrong number, whether the first derivative depends on the values or not."""
     model, (ids, labels) = make("llama"), batch()
-    for values in (simnpo.answer_logps(model, ids, labels)[0], simnpo.sequence_logps(model(input_ids=ids).logits, labels)[0],
-                   simnpo.answer_kl(model, make("llama", seed=1), ids, labels)[0]):
-        slope, = torch.autograd.grad(values.square().sum(), model.lm_head.weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            slope.square().sum().backward()
+    values, _ = {
+        "answer_logps": lambda: simnpo.answer_logps(model, ids, labels),
+        "sequence_logps": lambda: simnpo.sequence_logps(model(input_ids=ids).logits, labels),
+        "answer_kl": lambda: simnpo.answer_kl(model, make("llama", seed=1), ids, labels)}[which]()
+    with pytest.raises(RuntimeError, match="only once"):
+        slopes = torch.autograd.grad(reduce(values), list(model.parameters()), create_graph=True)
+        sum(slope.square().sum() for slope in slopes).backward()
 
 
 def test_under_bf16_autocast():
-    """Values and gradients of the head near those of float64 arithmetic on the same hidden states."""
+    """Values and gradients of the head near those of float64 on the same hidden states."""
     model, (ids, labels) = make("llama", dtype=torch.float32), batch()
     hidden, targets = simnpo.answer_hidden(model, ids, labels)
     exact = make("llama").lm_head.requires_grad_()
     want = exact(hidden.detach().double()).log_softmax(-1)[range(len(targets)), targets]
     with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
         patch.setattr(simnpo, "answer_hidden", lambda *_: (hidden.detach(), targets))
-        patch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+        patch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
         got = simnpo.answer_token_logps(model, ids, labels)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
@@ -382,7 +421,8 @@ def test_under_bf16_autocast():
 
 
 class Made(TorchDispatchMode):
-    """Keeps the data of every tensor of as many numbers, by address: its data only, since autograd copies what is held."""
+    """Keeps the data of every tensor of as many numbers, by address: its data only, since autograd
+    copies what is held."""
 
     def __init__(self, numel):
         super().__init__()
@@ -390,7 +430,8 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        same = (t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.numel() == self.numel)
+        same = (t for t in tree_leaves(result)
+                if isinstance(t, torch.Tensor) and t.numel() == self.numel)
         self.storages |= {t.data_ptr(): t.untyped_storage() for t in same}
         return result
 
@@ -398,15 +439,17 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("kl", [False, True])
 def test_the_heads_gradient_is_added_up_in_place(kl, monkeypatch):
     """One tensor of its size, where autograd makes several: 19 answer tokens, 3 of them a chunk."""
-    monkeypatch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=3 * VOCAB))
+    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
     (ids, labels), made = batch(), {}
     for kind in ("llama", "wrapped"):
         model, reference = with_head(kind), make("llama", seed=1)
         model.get_input_embeddings().requires_grad_(False)
         with Made(VOCAB * 16) as mode:
-            values, _ = simnpo.answer_kl(model, reference, ids, labels) if kl else simnpo.answer_logps(model, ids, labels)
+            values, _ = (simnpo.answer_kl(model, reference, ids, labels) if kl
+                         else simnpo.answer_logps(model, ids, labels))
             values.sum().backward()
-        made[kind] = mode.storages.keys() - {p.data_ptr() for m in (model, reference) for p in m.parameters()}
+        own = {p.data_ptr() for m in (model, reference) for p in m.parameters()}
+        made[kind] = mode.storages.keys() - own
     assert len(made["llama"]) == 1
     assert len(made["wrapped"]) > 3
 
@@ -421,7 +464,7 @@ def test_any_labels_any_chunk(rows, width, seed, elements):
     labels[:, -1] = ids[:, -1]
     model = shared_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simnpo, "_chunked", functools.partial(simnpo._chunked, elements=elements))
+        patch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
         logps, lengths = simnpo.answer_logps(model, ids, labels)
     expected, counts = simnpo.sequence_logps(model(input_ids=ids).logits, labels)
     torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
