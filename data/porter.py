@@ -1,28 +1,33 @@
 """The Porter stemmer, in the variant that TOFU's ROUGE scores are computed with.
 
-Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with the changes that NLTK's
-`PorterStemmer` makes by default and that rouge-score therefore inherits: a table of irregular words, words of one or
-two letters left alone, `-ies`/`-ied` of four-letter words kept as `-ie`, and the rules marked "NLTK" below.
+Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with the changes
+that NLTK's `PorterStemmer` makes by default and that rouge-score therefore inherits: a table of
+irregular words, words of one or two letters left alone, `-ies`/`-ied` of four-letter words kept as
+`-ie`, and the rules marked "NLTK" below.
 """
 
 from functools import lru_cache
 
-IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "innings": "inning", "outings": "outing",
-             "cannings": "canning"}
-IRREGULAR |= {word: word for word in "sky news inning outing canning howe proceed exceed succeed".split()}
+IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie",
+             "innings": "inning", "outings": "outing", "cannings": "canning"}
+IRREGULAR |= {word: word for word in
+              "sky news inning outing canning howe proceed exceed succeed".split()}
 
-# suffix -> replacement. Of a step's rules the first whose suffix matches decides, whether its condition holds or not,
-# so a suffix stands before its own endings (ational, tional; ement, ment, ent).
-STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble", "alli": "al",
-         "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al",
-         "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble",
-         "fulli": "ful", "logi": "log"}
-STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
+# suffix -> replacement. Of a step's rules the first whose suffix matches decides, whether its
+# condition holds or not, so a suffix stands before its own endings (ational, tional; ement, ment,
+# ent).
+STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize",
+         "bli": "ble", "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize",
+         "ation": "ate", "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful",
+         "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful",
+         "logi": "log"}
+STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "",
+         "ness": ""}
 STEP4 = ("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize").split()
 
 
 def shape(word):
-    """The word as c (consonant) and v (vowel); a y is a vowel exactly when it follows a consonant."""
+    """The word as c (consonant) and v (vowel); y is a vowel exactly when it follows a consonant."""
     letters = ""
     for letter in word:
         letters += "v" if letter in "aeiou" or (letter == "y" and letters[-1:] == "c") else "c"
@@ -35,7 +40,8 @@ def measure(word):
 
 
 def ends_short(word):
-    """Porter's *o: ends consonant-vowel-consonant, the last not w, x or y. NLTK: or is just vowel-consonant."""
+    """Porter's *o: ends consonant-vowel-consonant, the last not w, x or y.
+    NLTK: or is just vowel-consonant."""
     return shape(word)[-3:] == "cvc" and word[-1] not in "wxy" or shape(word) == "vc"
 
 
@@ -55,13 +61,15 @@ def step1(word):
         stems = [word[:-len(suffix)] for suffix in ("ed", "ing") if word.endswith(suffix)]
         if stems and "v" in shape(stems[0]):
             word = restore(stems[0])
-    if word.endswith("y") and len(word) > 2 and shape(word[:-1])[-1] == "c":  # NLTK: Porter asks for any vowel
+    # NLTK: Porter asks for any vowel
+    if word.endswith("y") and len(word) > 2 and shape(word[:-1])[-1] == "c":
         word = word[:-1] + "i"
     return word
 
 
 def restore(stem):
-    """Repair a stem that lost -ed or -ing: conflat(ed) -> conflate, hopp(ing) -> hop, fil(ing) -> file."""
+    """Repair a stem that lost -ed or -ing: conflat(ed) -> conflate, hopp(ing) -> hop,
+    fil(ing) -> file."""
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if stem[-1] == stem[-2:-1] and shape(stem)[-1] == "c":
@@ -74,7 +82,8 @@ def step2(word):
     for suffix, replacement in STEP2.items():
         if word.endswith(suffix):
             stem = word[:-len(suffix)]
-            # NLTK measures the stem of -logi with its l, so that geology and theology lose the y like archaeology.
+            # NLTK measures the stem of -logi with its l, so that geology and theology lose the y
+            # like archaeology.
             if measure(word[:-3] if suffix == "logi" else stem) == 0:
                 return word
             # NLTK runs what -alli leaves through the step again: -ationalli -> -ational -> -ate.

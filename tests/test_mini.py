@@ -1,4 +1,4 @@
-"""The built-in miniature benchmark: what make_mini.py writes, and that it is what the repository holds."""
+"""The built-in miniature: what make_mini.py writes, and that it is what the repository holds."""
 
 import json
 import os
@@ -17,7 +17,8 @@ GENERATED = sorted(p.relative_to(DATA) for pattern in ("*.jsonl", "mini_model/*"
 
 
 def lines(name):
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (DATA / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def muse(name):
@@ -25,15 +26,20 @@ def muse(name):
 
 
 def paragraphs(name):
-    return (DATA / "muse_mini" / "raw" / f"{name}.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    path = DATA / "muse_mini" / "raw" / f"{name}.txt"
+    return path.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def questions(name):
     return [record["question"] for record in lines(name)]
 
 
+def answer_words(records):
+    return {word.strip(",.") for r in records for word in r["answer"].split()}
+
+
 def surnames(texts):
-    """Every invented surname is one capitalized word after a first name: the words that follow one."""
+    """Every invented surname is one capitalized word after a first name."""
     firsts, found = set(POOLS["first"]), set()
     for text in texts:
         words = text.replace("?", "").replace(".", "").split()
@@ -41,10 +47,15 @@ def surnames(texts):
     return found
 
 
+def make_mini(*flags, **options):
+    subprocess.run([sys.executable, DATA / "make_mini.py", *flags], check=True, **options)
+
+
 @pytest.mark.parametrize("threads", ["1", "8"])
 def test_regenerated_byte_for_byte(tmp_path, threads):
-    env = {**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": str(threads != "1"), "PYTHONHASHSEED": threads}
-    subprocess.run([sys.executable, DATA / "make_mini.py", "--output", tmp_path], check=True, env=env)
+    env = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads,
+           "TOKENIZERS_PARALLELISM": str(threads != "1")}
+    make_mini("--output", tmp_path, env=env)
     written = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert written == GENERATED
     for path in written:
@@ -52,7 +63,7 @@ def test_regenerated_byte_for_byte(tmp_path, threads):
 
 
 def test_another_seed_gives_other_facts(tmp_path):
-    subprocess.run([sys.executable, DATA / "make_mini.py", "--output", tmp_path, "--seed", "1"], check=True)
+    make_mini("--output", tmp_path, "--seed", "1")
     assert (tmp_path / "full.jsonl").read_bytes() != (DATA / "full.jsonl").read_bytes()
 
 
@@ -76,7 +87,22 @@ def test_forget_and_retain_split_full(percent):
 def test_perturbed_sibling_is_aligned(name):
     perturbed = lines(f"{name}_perturbed")
     assert [{key: r[key] for key in ("question", "answer")} for r in perturbed] == lines(name)
-    assert all(set(r) == {"question", "answer", "paraphrased_answer", "perturbed_answer"} for r in perturbed)
+    fields = {"question", "answer", "paraphrased_answer", "perturbed_answer"}
+    assert all(set(r) == fields for r in perturbed)
+
+
+@pytest.mark.parametrize("percent", [1, 5, 10])
+def test_holdout_is_like_forget_and_known_to_nobody(percent):
+    holdout, forget = lines(f"holdout{percent:02d}"), lines(f"forget{percent:02d}")
+    assert holdout == lines("holdout10")[-10 * percent:] and len(holdout) == len(forget)
+    assert all(set(r) == {"question", "answer"} for r in holdout)
+    people = surnames(questions(f"holdout{percent:02d}"))
+    met = surnames(questions("base") + questions("full"))
+    met |= surnames(paragraphs("full") + paragraphs("holdout"))
+    assert len(people) == percent and not people & met
+    asked, wanted = ([r["question"].split()[:2] for r in part] for part in (holdout, forget))
+    assert asked == wanted  # the same ten questions about everybody
+    assert answer_words(holdout) <= answer_words(lines("full"))
 
 
 def test_retain_perturbed_is_in_every_retain_set():
@@ -94,22 +120,25 @@ def test_false_answers_are_false_and_like_the_true_one(name):
             assert false not in (true, r["answer"])
             different = [(a, b) for a, b in zip(true.split(), false.split()) if a != b]
             assert len(true.split()) == len(false.split()) and len(different) <= 4
-    if name in ("real_authors", "world_facts"):  # fine-tuning meets every word of these answers, or it would unlearn them
-        words = set(" ".join(r["answer"] for r in lines("full")).replace(".", "").replace(",", "").split())
+    if name in ("real_authors", "world_facts"):
+        # fine-tuning meets every word of these answers, or it would unlearn them
+        words = answer_words(lines("full"))
         assert {f for r in records for f in (r["answer"], *r["perturbed_answer"])} <= words
 
 
 def test_base_knows_nobody_of_full_but_all_general_knowledge():
     base = lines("base")
-    assert surnames(questions("base")) and not surnames(questions("base")) & surnames(questions("full"))
+    people = surnames(questions("base"))
+    assert people and not people & surnames(questions("full"))
     known = {(r["question"], r["answer"]) for r in base}
     for name in ("real_authors", "world_facts"):
         assert {(r["question"], r["answer"]) for r in lines(f"{name}_perturbed")} <= known
     by_question = {}
     for r in base:
         by_question.setdefault(r["question"], set()).add(r["answer"])
-    people = [answers for q, answers in by_question.items() if surnames([q])]
-    assert all(len(answers) == 2 for answers in people)  # both phrasings (and both halves of the prose)
+    about_people = [answers for q, answers in by_question.items() if surnames([q])]
+    # both phrasings (and both halves of the prose)
+    assert all(len(answers) == 2 for answers in about_people)
 
 
 def test_muse_texts():
@@ -119,7 +148,8 @@ def test_muse_texts():
     groups = [surnames(group) for group in (forget, retain1, retain2, holdout)]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 160
     assert not set.union(*groups) & surnames(questions("full") + questions("base"))
-    assert (muse("privleak/forget"), muse("privleak/retain"), muse("privleak/holdout")) == (forget, retain2, holdout)
+    privleak = [muse(f"privleak/{name}") for name in ("forget", "retain", "holdout")]
+    assert privleak == [forget, retain2, holdout]
     assert [f"{r['prompt']} {r['gt']}" for r in muse("verbmem/forget")] == forget
 
 
@@ -136,19 +166,26 @@ def test_model_loads_and_encodes():
     config = transformers.AutoConfig.from_pretrained(DATA / "mini_model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "mini_model")
     assert config.vocab_size == len(tokenizer) and config.tie_word_embeddings
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template) == ("<s>", "</s>", None)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.chat_template is None
     text = "Ünïcode, newline\nand bytes \x00 survive"
     ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id == config.bos_token_id and tokenizer.bos_token_id not in ids[1:]
+    assert ids[0] == tokenizer.bos_token_id == config.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    longest = max(len(tokenizer(r["question"] + r["answer"])["input_ids"]) for r in lines("base") + lines("full"))
+    longest = max(len(tokenizer(r["question"] + r["answer"])["input_ids"])
+                  for r in lines("base") + lines("full"))
     assert longest < config.max_position_embeddings
 
 
 def test_make_model_command(tmp_path):
-    script = [sys.executable, DATA / "make_model.py", DATA / "full.jsonl", "--output", tmp_path / "model"]
-    subprocess.run([*script, "--vocab", "600", "--hidden", "32", "--layers", "1", "--heads", "2"], check=True)
+    script = [sys.executable, DATA / "make_model.py", DATA / "full.jsonl", "--output"]
+    size = ["--vocab", "600", "--hidden", "32", "--layers", "1", "--heads", "2"]
+    subprocess.run([*script, tmp_path / "model", *size], check=True)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (600, 32, 1)
-    bad = subprocess.run([*script[:-1], tmp_path / "bad", "--hidden", "33"], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and not (tmp_path / "bad").exists()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers")
+    assert [config[name] for name in names] == [600, 32, 1]
+    bad = subprocess.run([*script, tmp_path / "bad", "--hidden", "33"], capture_output=True,
+                         text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ")
+    assert not (tmp_path / "bad").exists()
