@@ -1,29 +1,37 @@
-"""Speed and memory of one unlearning step: this project beside plain re-statements of what others do.
+r"""Speed and memory of one unlearning step: this project beside plain re-statements of what
+others do.
 
-    python tests/bench.py                                                      a 53M-parameter Llama, synthetic lengths
-    python tests/bench.py --data data/tofu/forget05 data/tofu/retain95         the same on real sequences
-    python tests/bench.py --size 1B --device cuda --dtype bf16 --variants a,b,c,d,c+checkpointing,c+compile
+    python tests/bench.py  # a 53M-parameter Llama, synthetic lengths
+    python tests/bench.py --data data/tofu/forget05 data/tofu/retain95  # the same on real sequences
+    python tests/bench.py --size 1B --device cuda --dtype bf16 \
+        --variants a,b,c,d,c+checkpointing,c+compile
     python tests/bench.py --size 7B --device cuda --bf16-weights --variants c --batch 32
 
-Variants, all of them the same loss (SimNPO + retain nll), model and data, one round of each after the other:
-    a   every sequence padded to 500 tokens, attention mask, logits of all positions (Unlearn-Simple's way)
-    b   padded to the longest of the batch, attention mask, logits of all positions (OpenUnlearning's way)
-    c   this project: train.step_gradient
+Variants, all of them the same loss (SimNPO + retain nll), model and data, one round of each after
+the other:
+    a   every sequence padded to 500 tokens, attention mask, logits of all positions
+        (Unlearn-Simple's way)
+    b   padded to the longest of the batch, attention mask, logits of all positions
+        (OpenUnlearning's way)
+    c   this project: train.py's two loops over micro-batches
     d   b inside transformers.Trainer
-a, b and d take forget and retain in separate forward passes, --micro sequences at a time. `+checkpointing` and `+compile`
-after a name switch these on for that row.
+a, b and d take forget and retain in separate forward passes, --micro sequences at a time.
+`+checkpointing` and `+compile` after a name switch these on for that row.
 
-Columns: time of forward and backward, and of the whole step with AdamW (median over the rounds); peak memory above the
-model's own (weights, gradients, moments); non-padding tokens a second; useful FLOPs / time as a share of the
-matrix-product peak measured in the same round (median over the rounds: a shared machine's clock drifts); relative
-difference of loss and gradient from the first row. Useful are
+Columns: time of forward and backward, and of the whole step with AdamW (median over the rounds);
+peak memory above the model's own (weights, gradients, moments); non-padding tokens a second; useful
+FLOPs / time as a share of the matrix-product peak measured in the same round (median over the
+rounds: a shared machine's clock drifts); relative difference of loss and gradient from the first
+row. Useful are
 
-    3 * (2 * W * tokens + 2 * H * V * answer tokens + layers * sum over sequences of 2 * T^2 * heads * head size)
+    3 * (2 * W * tokens + 2 * H * V * answer tokens
+         + layers * sum over sequences of 2 * T^2 * heads * head size)
 
-with W the weights of the decoder's matrices, and 3 for forward and backward: non-padding tokens only, causal attention at
-half of its square, the head where an answer is predicted, nothing for what is computed twice. The random weights are not
-trained (learning rate 0): every round starts from the same model. On a CPU peak memory is the kernel's VmHWM in a fresh
-process per row (Linux only); on a GPU it is torch.cuda.max_memory_allocated.
+with W the weights of the decoder's matrices, and 3 for forward and backward: non-padding tokens
+only, causal attention at half of its square, the head where an answer is predicted, nothing for
+what is computed twice. The random weights are not trained (learning rate 0): every round starts
+from the same model. On a CPU peak memory is the kernel's VmHWM in a fresh process per row (Linux
+only); on a GPU it is torch.cuda.max_memory_allocated.
 """
 
 import argparse
@@ -46,6 +54,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data.load import Example, read_records  # noqa: E402
+from data.options import DTYPES  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "1M": (128, 384, 4, 4, 4, 1024, False),
@@ -57,32 +66,39 @@ BETA, FORGET_WEIGHT, PAD_TO = 2.5, 0.1375, 500
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--size", choices=SIZES, default="50M")
     a("--hidden", type=int, help="instead of the size's; the feed-forward width is 3 times it")
     a("--layers", type=int, help="instead of the size's")
     a("--vocab", type=int, help="instead of the size's, e.g. 32000 or 128256")
-    a("--batch", type=int, default=8, help="forget sequences a step, and as many retain ones; default 8")
-    a("--micro", type=int, help="sequences a forward pass of a, b and d; default all, as far as memory goes")
+    a("--batch", type=int, default=8,
+      help="forget sequences a step, and as many retain ones; default 8")
+    a("--micro", type=int,
+      help="sequences a forward pass of a, b and d; default all, as far as memory goes")
     a("--max-tokens", type=int, help="padded tokens a micro-batch of c; default train.py's")
-    a("--data", nargs=2, metavar=("FORGET", "RETAIN"), help="question-answer files; default: lengths like TOFU's")
+    a("--data", nargs=2, metavar=("FORGET", "RETAIN"),
+      help="question-answer files; default: lengths like TOFU's")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a("--dtype", choices=list(train.DTYPES), default="fp32", help="of matrix products (autocast); default fp32")
-    a("--bf16-weights", action="store_true", help="weights, gradients and moments in bf16, stochastic rounding")
+    a("--dtype", choices=list(DTYPES), default="fp32",
+      help="of matrix products (autocast); default fp32")
+    a("--bf16-weights", action="store_true",
+      help="weights, gradients and moments in bf16, stochastic rounding")
     a("--checkpointing", action="store_true", help="on in every row")
     a("--compile", action="store_true", help="on in every row")
     a("--steps", type=int, default=3, help="timed rounds after one of warm-up; default 3")
     a("--variants", default="a,b,c")
-    a("--no-memory", action="store_true", help="skip the peak memory, which takes a process per row on a CPU")
+    a("--no-memory", action="store_true",
+      help="skip the peak memory, which takes a process per row on a CPU")
     a("--memory-of", help=argparse.SUPPRESS)  # what that process is called with
     args = parser.parse_args()
     args.device = torch.device(args.device)
     args.max_tokens = args.max_tokens or (16384 if args.device.type == "cuda" else 1024)
     args.micro = args.micro or args.batch
     # what train.py's functions read
-    vars(args).update(loss="simnpo", retain_loss="nll", beta=BETA, gamma=0.0, forget_weight=FORGET_WEIGHT, retain_weight=1.0,
-                      lr=0.0, weight_decay=0.0)
+    vars(args).update(loss="simnpo", retain_loss="nll", forget=True, kl=False, beta=BETA, gamma=0.0,
+                      forget_weight=FORGET_WEIGHT, retain_weight=1.0, lr=0.0, weight_decay=0.0)
     return args
 
 
@@ -94,7 +110,8 @@ def make_data(args, vocab):
         rng = random.Random(0)
         return [[synthetic(rng, vocab) for _ in range(n)] for n in (200, 400)]
     files = [read_records(path) for path in args.data]
-    encode = trained_bpe([text for records in files for r in records for text in (r["question"], r["answer"])], vocab)
+    texts = [text for records in files for r in records for text in (r["question"], r["answer"])]
+    encode = trained_bpe(texts, vocab)
     return [[example(encode, r) for r in records] for records in files]
 
 
@@ -105,12 +122,14 @@ def synthetic(rng, vocab):
 
 
 def trained_bpe(texts, vocab):
-    """A byte-level BPE trained on the texts; 5,000 tokens give TOFU the lengths that Llama 2's tokenizer gives it."""
+    """A byte-level BPE trained on the texts; 5,000 tokens give TOFU the lengths that Llama 2's
+    tokenizer gives it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=min(vocab - 2, 5000), show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=min(vocab - 2, 5000), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(texts, trainer)
     spread = vocab // 5000 or 1  # use the whole embedding
     return lambda text: [2 + i * spread % (vocab - 2) for i in raw.encode(text).ids]
 
@@ -124,13 +143,16 @@ def make_model(args):
     from transformers import LlamaConfig, LlamaForCausalLM
     hidden, inner, layers, heads, kv_heads, vocab, tied = SIZES[args.size]
     if args.hidden:
-        hidden, inner, heads, kv_heads = args.hidden, 3 * args.hidden, args.hidden // 64 or 1, args.hidden // 64 or 1
-    config = LlamaConfig(vocab_size=args.vocab or vocab, hidden_size=hidden, intermediate_size=inner,
-                         num_hidden_layers=args.layers or layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        hidden, inner = args.hidden, 3 * args.hidden
+        heads = kv_heads = args.hidden // 64 or 1
+    config = LlamaConfig(vocab_size=args.vocab or vocab, hidden_size=hidden,
+                         intermediate_size=inner, num_hidden_layers=args.layers or layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads,
                          tie_word_embeddings=tied, max_position_embeddings=2048)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16 if args.bf16_weights else torch.float32)
+        model = LlamaForCausalLM._from_config(
+            config, dtype=torch.bfloat16 if args.bf16_weights else torch.float32)
     return model.train()
 
 
@@ -138,7 +160,8 @@ def make_model(args):
 
 def padded(examples, width, device):
     """input_ids, attention mask and labels, right-padded to width: three (B,T)."""
-    ids, mask, labels = (torch.full((len(examples), width), fill, device=device) for fill in (0, 0, -100))
+    ids, mask, labels = (torch.full((len(examples), width), fill, device=device)
+                         for fill in (0, 0, -100))
     for row, e in enumerate(examples):
         n = len(e.input_ids)
         ids[row, :n], mask[row, :n] = torch.tensor(e.input_ids), 1
@@ -147,25 +170,28 @@ def padded(examples, width, device):
 
 
 def full_logits_nll(model, ids, mask, labels):
-    """nll summed over each answer, and answer lengths, from logits at every position: (B,), (B,)."""
+    """nll summed over each answer, and its length, from logits at every position: (B,), (B,)."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:],
+                                            ignore_index=-100, reduction="none")
     return nll.sum(1), (labels[:, 1:] != -100).sum(1)
 
 
 def full_logits_losses(model, forget, retain, width, args, precision):
-    """Yields the parts of the loss, --micro sequences at a time, forget first; they add up to the step's loss."""
-    answer_tokens = sum(len(e.input_ids) - e.start for e in retain)
+    """Yields the parts of the loss, --micro sequences at a time, forget first; they add up to the
+    step's loss."""
     for examples, is_forget in ((forget, True), (retain, False)):
         for i in range(0, len(examples), args.micro):
             part = examples[i:i + args.micro]
             with precision():
-                nll, lengths = full_logits_nll(model, *padded(part, width or max(len(e.input_ids) for e in part), args.device))
+                longest = max(len(e.input_ids) for e in part)
+                inputs = padded(part, width or longest, args.device)
+                nll, lengths = full_logits_nll(model, *inputs)
             if is_forget:
                 losses = -2 / BETA * torch.nn.functional.logsigmoid(BETA * nll / lengths)
                 yield FORGET_WEIGHT * losses.sum() / len(forget)
             else:
-                yield nll.sum() / answer_tokens
+                yield (nll / lengths).sum() / len(retain)
 
 
 def step_full_logits(model, forget, retain, width, args, precision):
@@ -176,13 +202,29 @@ def step_full_logits(model, forget, retain, width, args, precision):
     return float(total)
 
 
-def step_ours(model, forget, retain, args, precision):
-    losses = train.step_gradient(train.Objective(model), forget, retain, None, args, precision)
-    return float(FORGET_WEIGHT * losses[0] + losses[1])
+def step_ours(model, forget, retain, args):
+    """The two loops of train.main."""
+    objective, total = train.Objective(model, mixed=mixed_dtype(args)), 0.0
+    for at, share in train.micro_batches(forget, range(len(forget)), args.max_tokens):
+        losses = train.forget_losses(objective, forget, at, None, args)
+        loss = args.forget_weight * share * losses.sum()
+        loss.backward()
+        total += loss.detach()
+    for at, share in train.micro_batches(retain, range(len(retain)), args.max_tokens):
+        loss = args.retain_weight * share * train.retain_losses(objective, retain, at, args).sum()
+        loss.backward()
+        total += loss.detach()
+    return float(total)
+
+
+def mixed_dtype(args):
+    """What matrix products are computed in where that is not the weights' own type."""
+    return DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
 
 
 def step_trainer(model, forget, retain, args, optimizer):
-    """One step of transformers.Trainer, its own gradient accumulation unused: returns loss and its two times."""
+    """One step of transformers.Trainer, its own gradient accumulation unused: returns loss and its
+    two times."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
@@ -201,25 +243,29 @@ def step_trainer(model, forget, retain, args, optimizer):
 
     class SimNPOTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            (f_nll, f_len), (r_nll, r_len) = (full_logits_nll(model, *inputs[key]) for key in ("forget", "retain"))
+            (f_nll, f_len), (r_nll, r_len) = (full_logits_nll(model, *inputs[key])
+                                              for key in ("forget", "retain"))
             loss = -2 / BETA * torch.nn.functional.logsigmoid(BETA * f_nll / f_len)
-            self.loss = FORGET_WEIGHT * loss.mean() + r_nll.sum() / r_len.sum()
+            self.loss = FORGET_WEIGHT * loss.mean() + (r_nll / r_len).mean()
             return self.loss
 
     def collate(pairs):
         columns = {"forget": [f for f, _ in pairs], "retain": [r for _, r in pairs]}
-        return {key: padded(part, max(len(e.input_ids) for e in part), "cpu") for key, part in columns.items()}
+        return {key: padded(part, max(len(e.input_ids) for e in part), "cpu")
+                for key, part in columns.items()}
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=len(forget), max_steps=1, max_grad_norm=0, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+            output_dir=folder, per_device_train_batch_size=len(forget), max_steps=1,
+            max_grad_norm=0, report_to=[], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, remove_unused_columns=False,
             bf16=args.dtype == "bf16" and not args.bf16_weights, fp16=args.dtype == "fp16",
             use_cpu=args.device.type == "cpu", dataloader_pin_memory=False)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         clock = Clock()
-        trainer = SimNPOTrainer(model, settings, train_dataset=list(zip(forget, retain)), data_collator=collate,
-                                callbacks=[clock], optimizers=(optimizer, schedule))
+        trainer = SimNPOTrainer(model, settings, train_dataset=list(zip(forget, retain)),
+                                data_collator=collate, callbacks=[clock],
+                                optimizers=(optimizer, schedule))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     t = clock.times
@@ -235,7 +281,7 @@ def now(args):
 
 
 def gradient_sample(model, most=100_000):
-    """Up to 100,000 evenly spread numbers of every parameter's gradient, in one vector on the CPU."""
+    """Up to 100,000 evenly spread numbers of each parameter's gradient, in one CPU vector."""
     grads = (p.grad.flatten() for p in model.parameters())
     return torch.cat([g[::max(1, g.numel() // most)].float().cpu() for g in grads])
 
@@ -252,23 +298,26 @@ def set_options(model, options):
 
 
 def run_step(name, model, forget, retain, args, optimizer):
-    """(loss, seconds of forward and backward, seconds of the optimizer, gradient sample) of one step of a row."""
+    """(loss, seconds of forward and backward, seconds of the optimizer, gradient sample) of one
+    step of a row."""
     variant, *options = name.split("+")
-    set_options(model, options + ["checkpointing"] * args.checkpointing + ["compile"] * args.compile)
+    options += ["checkpointing"] * args.checkpointing + ["compile"] * args.compile
+    set_options(model, options)
     for p in model.parameters():  # gradients belong to the model's own memory
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     if variant == "d":
         return step_trainer(model, forget, retain, args, optimizer)
-    mixed = train.DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
 
     def precision():
+        mixed = mixed_dtype(args)
         return torch.autocast(args.device.type, mixed) if mixed else contextlib.nullcontext()
 
     began = now(args)
     if variant == "c":
-        loss = step_ours(model, forget, retain, args, precision)
+        loss = step_ours(model, forget, retain, args)
     else:
-        loss = step_full_logits(model, forget, retain, PAD_TO if variant == "a" else None, args, precision)
+        width = PAD_TO if variant == "a" else None
+        loss = step_full_logits(model, forget, retain, width, args, precision)
     middle = now(args)
     gradient = gradient_sample(model)
     stepping = now(args)
@@ -279,7 +328,7 @@ def run_step(name, model, forget, retain, args, optimizer):
 def matmul_peak(args, seconds=0.5):
     """FLOP/s of a large square matrix product in the bench's dtype: the best of several."""
     n = 8192 if args.device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if args.bf16_weights else train.DTYPES[args.dtype]
+    dtype = torch.bfloat16 if args.bf16_weights else DTYPES[args.dtype]
     x, y = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
     best, began = float("inf"), now(args)
     while now(args) - began < seconds:
@@ -291,7 +340,7 @@ def matmul_peak(args, seconds=0.5):
 
 
 def useful_flops(model, examples):
-    """The formula above: FLOPs of forward and backward that no way of computing the loss can do without."""
+    """The formula above: FLOPs of forward and backward that any way of computing the loss needs."""
     config, decoder = model.config, model.get_decoder()
     weights = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     tokens = sum(len(e.input_ids) for e in examples)
@@ -322,24 +371,28 @@ def peak_of_step(name, model, batch, args, optimizer):
 
 
 def peak_in_fresh_process(name):
-    """The same, measured where no other row has left memory behind; None where the kernel does not tell."""
+    """The same, measured where no other row has left memory behind;
+    None where the kernel does not tell."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        print(f"{name}: no peak memory: {(result.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
+        reason = (result.stderr.strip().splitlines() or ["killed"])[-1]
+        print(f"{name}: no peak memory: {reason}", file=sys.stderr)
         return None
     return int(result.stdout.split()[-1])
 
 
 def batches(forget, retain, args):
-    """The batch of each round: the whole ones of an epoch, over again."""
-    whole = max(1, len(forget) // args.batch)
-    return [([forget[i] for i in at], [retain[i] for i in kept]) for at, kept in (
-        train.step_indices(step % whole, len(forget), len(retain), args.batch, seed=0) for step in range(args.steps + 1))]
+    """The batch of each round."""
+    def part(data, step, seed):
+        return [data[i] for i in train.draw(len(data), step * args.batch, args.batch, seed)]
+
+    return [(part(forget, step, 0), part(retain, step, 1)) for step in range(args.steps + 1)]
 
 
 def measure(model, rounds, args, optimizer, names):
-    """{name: [(loss, backward seconds, optimizer seconds)]}, {name: gradient}, [peak FLOP/s], names that ran out of memory."""
+    """{name: [(loss, backward seconds, optimizer seconds)]}, {name: gradient}, [peak FLOP/s], names
+    that ran out of memory."""
     times, gradients, peaks, failed = {name: [] for name in names}, {}, [], set()
     for number, batch in enumerate(rounds):
         peaks.append(matmul_peak(args))
@@ -354,15 +407,18 @@ def measure(model, rounds, args, optimizer, names):
                 continue
             times[name].append(row)
             gradients.setdefault(name, gradient)
-            print(f"round {number} {name}: loss {row[0]:.6f}, {row[1]:.3f} + {row[2]:.3f} s", file=sys.stderr)
+            print(f"round {number} {name}: loss {row[0]:.6f}, {row[1]:.3f} + {row[2]:.3f} s",
+                  file=sys.stderr)
     return times, gradients, peaks, failed
 
 
 def print_table(model, rounds, times, gradients, peaks, memory):
     examples = [forget + retain for forget, retain in rounds[1:]]
     tokens = statistics.median(sum(len(e.input_ids) for e in batch) for batch in examples)
-    attainable = [useful_flops(model, batch) / peak for batch, peak in zip(examples, peaks[1:])]  # seconds
-    print("| variant | forward + backward, s | step, s | peak memory, MB | tokens/s | share of peak | loss | gradient |")
+    attainable = [useful_flops(model, batch) / peak  # seconds
+                  for batch, peak in zip(examples, peaks[1:])]
+    print("| variant | forward + backward, s | step, s | peak memory, MB | tokens/s "
+          "| share of peak | loss | gradient |")
     print("|---|---|---|---|---|---|---|---|")
     first = next(name for name in times if times[name])
     for name, rows in times.items():
@@ -386,14 +442,18 @@ def describe(args, model, rounds, peaks):
     lengths = [len(e.input_ids) for e in everything]
     answers = statistics.mean(len(e.input_ids) - e.start for e in everything)
     import transformers
-    machine = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if args.device.type == "cuda":
+        machine = torch.cuda.get_device_name()
     dtype = "bf16 weights" if args.bf16_weights else args.dtype
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}; matrix-product peak "
-          f"{max(peaks) / 1e9:,.0f} GFLOP/s (lowest round {min(peaks) / 1e9:,.0f})")
-    print(f"Llama of {parameters / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}, {dtype}; "
-          f"{args.batch}+{args.batch} sequences of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}, "
-          f"{answers:.0f} answer); a, b: {args.micro} sequences a pass; c: {args.max_tokens} tokens a pass\n")
+    print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}; "
+          f"matrix-product peak {max(peaks) / 1e9:,.0f} GFLOP/s "
+          f"(lowest round {min(peaks) / 1e9:,.0f})")
+    print(f"Llama of {parameters / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}, "
+          f"{dtype}; {args.batch}+{args.batch} sequences of {statistics.mean(lengths):.0f} tokens "
+          f"(longest {max(lengths)}, {answers:.0f} answer); a, b: {args.micro} sequences a pass; "
+          f"c: {args.max_tokens} tokens a pass\n")
 
 
 def main():
@@ -403,7 +463,8 @@ def main():
     forget, retain = make_data(args, model.config.vocab_size)
     optimizer = train.make_optimizer(model, args)
     rounds = batches(forget, retain, args)
-    if args.memory_of:  # warm up on two sequences: libraries and threads, and the optimizer's moments
+    if args.memory_of:
+        # warm up on two sequences: libraries and threads, and the optimizer's moments
         run_step(args.memory_of, model, forget[:1], retain[:1], args, optimizer)
         print(peak_of_step(args.memory_of, model, rounds[1], args, optimizer))
         return
@@ -412,9 +473,12 @@ def main():
     memory = {}
     if not args.no_memory:
         for name in names:
-            if name not in failed:
-                memory[name] = (peak_of_step(name, model, rounds[1], args, optimizer) if args.device.type == "cuda"
-                                else peak_in_fresh_process(name))
+            if name in failed:
+                continue
+            if args.device.type == "cuda":
+                memory[name] = peak_of_step(name, model, rounds[1], args, optimizer)
+            else:
+                memory[name] = peak_in_fresh_process(name)
     describe(args, model, rounds, peaks)
     print_table(model, rounds, times, gradients, peaks, memory)
 

@@ -1,19 +1,21 @@
-"""The paper's claims, seen with one's own eyes: each table of the README by one command.
+"""The paper's claims, seen with one's own eyes: each table of RESULTS.md by one command.
 
-    python tests/experiments.py methods      SimNPO, NPO, GradDiff, gradient ascent on forget01, 05 and 10, epoch by epoch
-    python tests/experiments.py relearn      how fast the unlearned models learn the forget set back (after methods)
+    python tests/experiments.py methods      SimNPO, NPO, GradDiff, gradient ascent compared
+    python tests/experiments.py relearn      how fast unlearned models learn it back (after methods)
+    python tests/experiments.py bias         half never learned, half short; gradient weights
+    python tests/experiments.py ingredients  reference and length; beta x gamma; KL (after methods)
     python tests/experiments.py markov       mixtures of Markov chains, the paper's synthetic study
-    python tests/experiments.py tofu         `methods` on real TOFU with a small Llama trained from scratch
 
-Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut off goes on where it
-stopped. One process a core, of one thread each: so small a model gains little from a second one. `--picture FILE` draws
-`methods`, `tofu` or `markov` (needs matplotlib).
+Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
+off goes on where it stopped. One process a core, of one thread each: so small a model gains little
+from a second one. `--picture FILE` draws `methods` or `markov` (needs matplotlib).
 """
 
 import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -24,7 +26,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -33,27 +34,22 @@ sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from data import make_markov, make_model  # noqa: E402
-from data.load import find, read_records  # noqa: E402
+from data import make_markov, make_mini, ranks, results  # noqa: E402
+from data.load import collate, find, load_examples, load_pretrained, read_records  # noqa: E402
+from data.options import evaluation_options  # noqa: E402
+from simnpo import answer_logps  # noqa: E402
 
 RUNS = Path("runs", "experiments")
 SEEDS = (0, 1, 2)
-METHODS = {
-    "SimNPO": "--loss simnpo --beta 2.5 --forget-weight {weight}",
-    "NPO": "--loss npo --beta 0.1 --forget-weight 1",
-    "GradDiff": "--loss ga --forget-weight 1",
-    "gradient ascent": "--loss ga --forget-weight 1 --retain-loss none",
-}
-LEARNING_RATES = {"SimNPO": (3e-4, 5e-4, 1e-3), "NPO": (5e-5, 1e-4, 3e-4), "GradDiff": (1e-4, 2e-4, 5e-4),
-                  "gradient ascent": (5e-5, 1e-4, 2e-4)}
-EVAL = ("--max-new-tokens", "50")  # the answers have at most 15; a model that was hurt runs on and on
+EVAL = ("--max-new-tokens", "50")  # answers have at most 15 tokens; a hurt model runs on and on
 
 
 # Tools
 
 def each(function, tasks):
     """[function(*task) for task in tasks], a process a core."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
         return [future.result() for future in [pool.submit(function, *task) for task in tasks]]
 
 
@@ -71,13 +67,20 @@ def run(output, flags):
 def measure(models, forget, reference, *flags):
     """eval.py's metrics of each model, in order."""
     argv = [*map(str, models), "--forget", str(forget), "--reference", str(reference), *flags]
-    columns = evaluation.tofu_columns(evaluation.parse_args(argv))
-    return list(columns.values())[-len(models):]
+    return list(table_of(argv).values())[-len(models):]
+
+
+def table_of(argv):
+    """What eval.py would print: {model: {row: number}}."""
+    options = evaluation_options(argv, None)
+    options.device = ranks.start(options.device)
+    return evaluation.table(options)[0]
 
 
 def values_of(model, forget):
     """The forget set's per-example records of a model that has been measured."""
-    return evaluation.read_entry(Path(model) / "eval.json", f"tofu {evaluation.relative(find(forget))}")["values"]["forget"]
+    saved = results.read_json(Path(model) / "eval.json")["evaluations"]
+    return saved[f"tofu {results.relative(find(forget))}"]["values"]["forget"]
 
 
 def drop_weights(folder):
@@ -97,7 +100,7 @@ def spread(values):
 
 
 def table(title, rows):
-    """Print a Markdown table (rows of texts, the first the head) and keep it under runs/experiments."""
+    """Print a Markdown table (rows of texts, the first the head), kept under runs/experiments."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     text = "\n".join(lines) + "\n"
@@ -110,193 +113,467 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: --picture needs matplotlib, which is no requirement: pip install matplotlib")
+        sys.exit("error: --picture needs matplotlib, no requirement: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
 
-# 1. Methods, and 2. the same on real TOFU
+# Tuning: the same number of settings for each method, chosen on some seeds, reported on others
 
-COLUMNS = ("forget quality (KS p)", "model utility", "forget probability", "retain probability")
-QUALITY, PROBABILITIES = COLUMNS[:2], COLUMNS[2:]
+REPORTED = (2, 3, 4)
+GRID = {  # flags, beta, weight of the forget term, learning rate
+    "SimNPO": ("--loss simnpo", (2.5, 4.5), (0.5,), (3e-4, 5e-4, 1e-3)),
+    "NPO": ("--loss npo", (0.1, 0.3), (1,), (1e-4, 2e-4, 5e-4)),
+    "GradDiff": ("--loss ga", (1,), (0.3, 1), (1e-4, 2e-4, 5e-4)),
+    "gradient ascent": ("--loss ga --retain-loss none", (1,), (1,),
+                        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)),
+}
+METHODS = tuple(GRID)
+QUALITY, UTILITY = "forget quality (KS p)", "model utility"
+
+
+def settings_of(method):
+    """The flags of each setting of a method's grid."""
+    loss, *values = GRID[method]
+    return [f"{loss} --beta {beta:g} --forget-weight {weight:g} --lr {lr:g}"
+            for beta, weight, lr in itertools.product(*values)]
+
+
+def short(flags):
+    """Beta, weight and rate of a setting."""
+    words, names = flags.split(), ("--beta", "--forget-weight", "--lr")
+    return ", ".join(words[words.index(name) + 1] for name in names)
 
 
 def harmonic(*values):
     return statistics.harmonic_mean(values) if all(values) else 0.0
 
 
-def balance(metrics, axes):
-    """What `best` means: the harmonic mean of what is forgotten and what is kept at the last epoch."""
-    forgotten, kept = (metrics[key] for key in axes)
-    return harmonic(1 - forgotten if axes == PROBABILITIES else forgotten, kept)
+def tune(study, methods, tuning, keep):
+    """study(flags, seed) -> {row: number} for every setting and tuning seed, then for the best
+    setting of each method, by the mean over tuning seeds of keep(result), and the reported seeds.
 
-
-class Study(NamedTuple):
-    """What the methods are compared on."""
-    name: str
-    forget: Path
-    target: Path
-    reference: Path  # the retain-only model
-    recipe: dict  # epochs, and SimNPO's forget weight
-    axes: tuple  # the two metrics to choose by and to show along the way
-    eval_flags: tuple
-
-    def measure(self, models):
-        return measure(models, self.forget, self.reference, *self.eval_flags)
-
-    def unlearn(self, method, lr, seed):
-        """The folder of one method's run, with a copy of the model after each epoch."""
-        flags = METHODS[method].format(weight=self.recipe["forget_weight"])
-        if self.forget.name == "forget10":
-            flags = flags.replace("--beta 2.5", "--beta 4.5")  # the paper's setting of SimNPO
-        return run(RUNS / self.name / f"{self.forget.name}-{method.replace(' ', '_')}-lr{lr:g}-seed{seed}", (
-            f"--model {self.target} --forget {self.forget} {flags} --epochs {self.recipe['epochs']} --lr {lr} --seed {seed} "
-            "--save-every 0 --snapshots 1epoch"))
-
-    def best_rate(self, method):
-        """The learning rate that leaves the first seed best."""
-        outputs = {lr: self.unlearn(method, lr, SEEDS[0]) for lr in LEARNING_RATES[method]}
-        grid = dict(zip(outputs, self.measure(outputs.values())))
-        print(f"{self.forget.name} {method}: " + ", ".join(
-            f"lr {lr:g}: {' / '.join(number(m[key]) for key in self.axes)}" for lr, m in grid.items()), flush=True)
-        best = max(grid, key=lambda lr: balance(grid[lr], self.axes))
-        for lr in outputs.keys() - {best}:
-            for step in outputs[lr].glob("step-*"):
-                drop_weights(step)
-        return best
-
-    def curve(self, method, lr, seed):
-        """The metrics after each epoch of a run."""
-        steps = sorted(self.unlearn(method, lr, seed).glob("step-*"))
-        metrics = self.measure(steps)
-        for step in steps:
-            drop_weights(step)
-        return metrics
-
-
-def compare(study):
-    """Each method at its best learning rate (by the first seed), with every seed, measured after each epoch.
-
-    Prints two tables; returns {method: [[metrics at the start, ..., after the last epoch] of each seed]}.
+    Returns ({flags: mean of each row}, {method: best flags}, {method: results of reported seeds}).
     """
-    (start,), (retrained,) = study.measure([study.target]), study.measure([study.reference])
-    rows = [["", "lr", *COLUMNS]]
-    rows += [[name, ""] + [number(m[key]) for key in COLUMNS] for name, m in (("target", start), ("retain-only", retrained))]
-    best = each(study.best_rate, zip(METHODS))
-    tasks = [(method, lr, seed) for method, lr in zip(METHODS, best) for seed in SEEDS]
-    found = each(study.curve, tasks)
-    curves = {method: [[start] + c for (name, *_), c in zip(tasks, found) if name == method] for method in METHODS}
-    rows += [[method, f"{lr:g}"] + [spread([c[-1][key] for c in curves[method]]) for key in COLUMNS]
-             for method, lr in zip(METHODS, best)]
-    split = f"{study.name}: {study.forget.name}"
-    table(f"{split}, after the last epoch; mean (range) of {len(SEEDS)} seeds", rows)
-    epochs = zip(*(zip(*curves[method]) for method in METHODS))  # of each method, of each seed
-    table(f"{split}, {' / '.join(study.axes)} along unlearning, mean of {len(SEEDS)} seeds",
-          [["epoch", *METHODS]] + [[i, *(" / ".join(number(statistics.fmean(m[key] for m in seeds)) for key in study.axes)
-                                         for seeds in epoch)] for i, epoch in enumerate(epochs)])
-    return curves
+    tasks = [(flags, seed) for method in methods for flags in settings_of(method)
+             for seed in tuning]
+    found = dict(zip(tasks, each(study, tasks)))
+    grid = {flags: mean_of([found[flags, seed] for seed in tuning]) for flags, _ in tasks}
+    best = {method: max(settings_of(method), key=lambda flags: statistics.fmean(
+        keep(found[flags, seed]) for seed in tuning)) for method in methods}
+    tasks = [(best[method], seed) for method in methods for seed in REPORTED]
+    found = dict(zip(tasks, each(study, tasks)))
+    reported = {method: [found[best[method], seed] for seed in REPORTED] for method in methods}
+    return grid, best, reported
 
 
-def draw(results, axes, picture, title):
-    """What is forgotten against what is kept along unlearning, a line a seed, a colour a method, a panel a split."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.8), squeeze=False)
-    height = (lambda p: math.log10(max(p, 1e-30))) if axes == QUALITY else float
-    for (split, curves), panel in zip(results.items(), panels[0]):
-        for i, (method, seeds) in enumerate(curves.items()):
-            for k, curve in enumerate(seeds):
-                x, y = [m[axes[1]] for m in curve], [height(m[axes[0]]) for m in curve]
-                panel.plot(x, y, ".-", color=f"C{i}", lw=1, ms=4, alpha=0.8, label=None if k else method)
-                panel.plot(x[-1], y[-1], "o", color=f"C{i}")
-        if axes == QUALITY:
-            panel.axhline(height(0.05), color="gray", ls=":", lw=1)
-        panel.set(title=split, xlabel=axes[1], ylabel="log10 " * (axes == QUALITY) + axes[0])
-    panels[0][0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+def mean_of(results):
+    return {row: statistics.fmean(result[row] for result in results) for row in results[0]}
+
+
+def tuned_table(title, rows, grid, best, reported, ends):
+    """Two tables: what was chosen on the reported seeds, and the grid. `ends`: {name: result}."""
+    lines = [["", "beta, weight, lr", *rows]]
+    lines += [[name, "", *(number(result[row]) for row in rows)] for name, result in ends.items()]
+    lines += [[method, short(best[method]), *(spread([r[row] for r in results]) for row in rows)]
+              for method, results in reported.items()]
+    table(f"{title}, mean (range) of seeds {', '.join(map(str, REPORTED))}", lines)
+    lines = [["", "beta, weight, lr", *rows]]
+    lines += [[method, short(flags) + " (chosen)" * (flags == best[method]),
+               *(number(grid[flags][row]) for row in rows)]
+              for method in reported for flags in settings_of(method)]
+    table(f"{title}, the grid", lines)
+
+
+def unlearned(folder, target, forget, epochs, flags, seed, *more):
+    """The folder of one unlearning run."""
+    name = "-".join(flags.replace("--", "").split()) + f"-seed{seed}"
+    return run(folder / name, " ".join([
+        f"--model {target} --forget {forget} {flags} --epochs {epochs}", f"--seed {seed}",
+        "--save-every 0",
+        *more]))
+
+
+# 1. Methods on forget01, 05 and 10
+
+EPOCHS = {"forget01": 20, "forget05": 20, "forget10": 10}  # 20 steps of 10, 31 and 31 steps of 32
+ROWS = (QUALITY, UTILITY, "forget probability", "retain probability", "forget PrivLeak")
 
 
 def methods(options):
-    target, results = builtin("target", "full"), {}
-    for split in ("forget01", "forget05", "forget10"):
+    target, grids, chosen = builtin("target", "full"), {}, {}
+    for split in EPOCHS:
         retain = f"retain{100 - int(split[-2:])}"
-        results[split] = compare(Study("methods", ROOT / "data" / split, target, builtin(retain, retain), train.MINI_UNLEARN,
-                                       QUALITY, EVAL))
+        reference = builtin(retain, retain)
+        ends = {name: measure([model], ROOT / "data" / split, reference, *EVAL)[0]
+                for name, model in (("target", target), ("retain-only", reference))}
+        study = functools.partial(methods_run, split, target, reference)
+        grid, best, reported = tune(study, METHODS, (0, 1), both)
+        tuned_table(f"methods: {split}", ROWS, grid, best, reported, ends)
+        grids[split], chosen[split] = grid, reported
+        (RUNS / f"best-{split}.json").write_text(json.dumps(best))
     if options.picture:
-        draw(results, QUALITY, options.picture, "Built-in benchmark: from the target on, three seeds; large dot: last epoch")
+        draw_methods(grids, chosen, options.picture)
+
+
+def methods_run(split, target, reference, flags, seed):
+    forget = ROOT / "data" / split
+    output = unlearned(RUNS / "methods" / split, target, forget, EPOCHS[split], flags, seed)
+    metrics, = measure([output], forget, reference, *EVAL)
+    return {row: metrics[row] for row in ROWS}
+
+
+def both(result):
+    """What is chosen by: the harmonic mean of what is forgotten and what is kept."""
+    return harmonic(result[QUALITY], result[UTILITY])
+
+
+def draw_methods(grids, chosen, picture):
+    """Forget quality against utility: a small dot a setting, a large one a reported seed."""
+    def place(result):
+        return result[UTILITY], math.log10(max(result[QUALITY], 1e-12))
+
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.8), sharey=True)
+    for (split, grid), panel in zip(grids.items(), panels):
+        for i, method in enumerate(METHODS):
+            dots = zip(*(place(grid[flags]) for flags in settings_of(method)))
+            panel.plot(*dots, ".", color=f"C{i}", ms=6, alpha=0.5)
+            dots = zip(*map(place, chosen[split][method]))
+            panel.plot(*dots, "o", color=f"C{i}", ms=9, label=method)
+        panel.axhline(math.log10(0.05), color="gray", ls=":", lw=1)
+        panel.set(title=split, xlabel=UTILITY)
+    panels[0].set_ylabel("log10 forget quality (dotted: p = 0.05)")
+    panels[0].legend(fontsize=8)
+    figure.suptitle("Up and right is better. Large: chosen setting, three new seeds; small: grid",
+                    fontsize=10)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
 
 
 def builtin(name, data):
     return run(Path("runs", name), f"--retain {ROOT / 'data' / data}")
 
 
-def tofu(options):
-    """The same on real TOFU's forget05, with a Llama that has never read anything but TOFU.
-
-    Such a model has no knowledge of real authors and the world, and so no utility to compare by: probabilities instead.
-    """
-    home, data = RUNS / "tofu", options.data
-    if not (home / "init" / "config.json").exists():
-        make_model.main([str(find(data / "full")), *"--vocab 4096 --hidden 160 --layers 3 --heads 4 --init-std 0.06".split(),
-                         "--output", str(home / "init")])
-    target, reference = each(run, [(home / name, f"--init {home / 'init'} --retain {data / name} --epochs 16 --lr 2e-3 "
-                                    "--batch-size 16 --save-every 4epochs") for name in ("full", "retain95")])
-    curves = compare(Study("tofu", data / "forget05", target, reference, {**train.MINI_UNLEARN, "epochs": 8}, PROBABILITIES,
-                           ("--limit", "100", "--max-new-tokens", "100")))
-    if options.picture:
-        draw({"forget05": curves}, PROBABILITIES, options.picture, "Real TOFU, a small Llama trained from scratch")
-
-
-# 3. Relearning
+# 2. Relearning, beside a model that has never learned
 
 def relearn(options):
-    """Fine-tune each unlearned forget05 model of `methods` on a part of the forget set; measure the rest."""
+    """Fine-tune each unlearned forget05 model, and the retain-only one, on a part of the forget
+    set; measure the rest."""
     reference = builtin("retain95", "retain95")
+    best = json.loads((RUNS / "best-forget05.json").read_text())
+    starts = {method: [RUNS / "methods" / "forget05" / (
+        "-".join(best[method].replace("--", "").split()) + f"-seed{seed}") for seed in REPORTED]
+        for method in best}
+    starts["retain-only (control)"] = [reference] * len(REPORTED)
     measured = ("forget quality", "answer probability")
     rows = [["", "relearnt on", *(f"{what}, epoch {i}" for what in measured for i in range(4))]]
-    tasks = [(method, part, reference) for method in METHODS for part in ("random 20%", "shortest 20%")]
-    for (method, part, _), curves in zip(tasks, each(relearn_method, tasks)):
+    tasks = [(method, part, starts[method], reference) for method in starts
+             for part in ("random 20%", "shortest 20%")]
+    for (method, part, *_), curves in zip(tasks, each(relearn_method, tasks)):
         epochs = [list(zip(*epoch)) for epoch in zip(*curves)]
-        rows.append([method, part, *(spread(q) for q, _ in epochs), *(spread(p) for _, p in epochs)])
-    table(f"relearn: forget05 without the relearnt part; mean (range) of {len(SEEDS)} seeds", rows)
+        rows.append([method, part, *(spread(values[i]) for i in (0, 1) for values in epochs)])
+    table("relearn: forget05 without the relearnt part; mean (range) of three seeds", rows)
 
 
-def relearn_method(method, part, reference):
+def relearn_method(method, part, starts, reference):
     """[[(forget quality, answer probability) before and after each epoch] of each seed]."""
     forget, curves = ROOT / "data" / "forget05", []
     records = [{key: r[key] for key in ("question", "answer")} for r in read_records(forget)]
     fifth = len(records) // 5
-    for seed in SEEDS:
-        found = list((RUNS / "methods").glob(f"forget05-{method.replace(' ', '_')}-lr*-seed{SEEDS[-1]}/config.json"))
-        if not found:
-            sys.exit("error: run `python tests/experiments.py methods` first")
-        start = Path(str(found[0].parent).replace(f"seed{SEEDS[-1]}", f"seed{seed}"))  # the best has every seed
-        chosen = random.Random(seed).sample(records, fifth) if part[0] == "r" else sorted(
-            records, key=lambda r: len(r["answer"]))[:fifth]
-        file = RUNS / "relearn" / f"{method.replace(' ', '_')}-{part.split()[0]}-{seed}.jsonl"
+    for start, seed in zip(starts, REPORTED):
+        by_length = sorted(records, key=lambda r: len(r["answer"]))
+        random_part = random.Random(seed).sample(records, fifth)
+        chosen = random_part if part.startswith("random") else by_length[:fifth]
+        file = RUNS / "relearn" / f"{method.split()[0]}-{part.split()[0]}-{seed}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
         output = run(file.with_suffix(""), (
-            f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
-            "--save-every 0 --snapshots 1epoch"))
+            f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 "
+            f"--schedule constant --seed {seed} --save-every 0 --snapshots 1epoch"))
         models = [start, *sorted(output.glob("step-*"))]
         measure(models, forget, reference, *EVAL)
         for step in models[1:]:
             drop_weights(step)
-        curves.append([rest_of(forget, model, reference, {r["question"] for r in chosen}) for model in models])
+        learnt = {r["question"] for r in chosen}
+        curves.append([rest_of(forget, model, reference, learnt) for model in models])
     return curves
 
 
 def rest_of(forget, model, reference, learnt):
-    """Forget quality and mean answer probability on the forget records that were not learnt again."""
-    mine, theirs = ([r for r in values_of(m, forget) if r["question"] not in learnt] for m in (model, reference))
-    quality = evaluation.forget_quality([r["truth_ratio"] for r in mine], [r["truth_ratio"] for r in theirs])
+    """Forget quality and mean answer probability on what was not learnt again."""
+    mine, theirs = ([r for r in values_of(m, forget) if r["question"] not in learnt]
+                    for m in (model, reference))
+    quality = evaluation.forget_quality([r["truth_ratio"] for r in mine],
+                                        [r["truth_ratio"] for r in theirs])
     return quality, statistics.fmean(r["probability"] for r in mine)
 
 
-# 4. Mixtures of Markov chains
+# 3. Reference bias: NPO spends its power alike on what was learned and what never was, on short and
+# on long answers; SimNPO's weight falls with what is forgotten and with |y|
+
+HALVES = {"never learned": ("learned", "never learned"), "length": ("short", "long")}
+
+
+def bias(options):
+    """Two forget sets of two halves of 50 questions each: forget quality of either half."""
+    known, base, weights = builtin("target", "full"), Path("runs", "base"), {}
+    for setting, names in HALVES.items():
+        folder = RUNS / "bias" / setting.replace(" ", "_")
+        if setting == "length":
+            write_lengths(folder)
+            target, reference = each(run, [
+                (folder / name, f"--model {base} --retain {folder / data} --lr 5e-4 --epochs 16")
+                for name, data in (("target", "full"), ("reference", "retain"))])
+        else:
+            write_never_learned(folder)
+            target, reference = known, builtin("retain95", "retain95")
+        rows = [f"{what}, {name}" for what in ("forget quality", "probability") for name in names]
+        rows += [UTILITY]
+        ends = {name: halves(folder, names, reference, model)
+                for name, model in (("target", target), ("retain-only", reference))}
+        study = functools.partial(bias_run, folder, names, target, reference)
+        tuned = tune(study, ("SimNPO", "NPO"), (0,),
+                     lambda r: harmonic(r[rows[0]], r[rows[1]], r[UTILITY]))
+        tuned_table(f"bias: half {names[0]}, half {names[1]}", rows, *tuned, ends)
+        weights[setting] = {method: gradient_weights(folder, target, method, flags)
+                            for method, flags in tuned[1].items()}
+    print_weights(weights["length"])
+    if options.picture:
+        draw_weights(weights["length"], options.picture)
+
+
+def write_never_learned(folder):
+    """forget05, whom the target knows, and five people whom nobody does."""
+    inventor = make_mini.Inventor(seed=7)
+    never = make_mini.flat(inventor.person() for _ in range(5))
+    learned = read_records(ROOT / "data" / "forget05_perturbed")
+    write_tofu(folder, make_mini.fields(learned + never, *FIELDS))
+    (folder / "retain.jsonl").write_bytes((ROOT / "data" / "retain95.jsonl").read_bytes())
+
+
+def write_lengths(folder):
+    """100 people of whom five things are asked for in a word and five in four sentences, some 8 and
+    50 tokens; the last ten people are to be forgotten."""
+    inventor = make_mini.Inventor(seed=8)
+    people = [asked_both_ways(inventor) for _ in range(100)]
+    forget = [part for half in (0, 1) for person in people[90:] for part in person[half]]
+    retain = [part for person in people[:90] for half in person for part in half]
+    write_tofu(folder, forget, retain[::9])
+    for name, records in (("retain", retain), ("full", retain + forget)):
+        write_lines(folder / f"{name}.jsonl", make_mini.fields(records, "question", "answer"))
+
+
+def asked_both_ways(inventor):
+    """Ten new facts: (five of a word or two, five told with the three that follow them)."""
+    facts, longs = inventor.person(), []
+    for i in range(5, 10):
+        told = [facts[(i + k) % 10] for k in range(4)]
+        # told in another order it is the same answer; false ones put other words into it
+        false = [" ".join(sentence(fact, j) for fact in told[::-1]) for j in range(4)]
+        longs.append({"question": facts[i]["question"] + " Tell me more.",
+                      "answer": " ".join(fact["prose"] for fact in told),
+                      "paraphrased_answer": " ".join(fact["prose"] for fact in told[::-1]),
+                      "perturbed_answer": false})
+    return facts[:5], longs
+
+
+def sentence(fact, j):
+    """The j-th false answer to a fact as prose: the words of the true one, exchanged."""
+    prose, true, false = fact["prose"], fact["paraphrased_answer"], fact["perturbed_answer"][j]
+    for old, new in zip(true.split(), false.split()):
+        if old != new:
+            prose = prose.replace(old.strip(".,"), new.strip(".,"), 1)
+    return prose
+
+
+FIELDS = ("question", "answer", "paraphrased_answer", "perturbed_answer")
+
+
+def write_tofu(folder, forget, retain=None):
+    """mixed.jsonl, to be forgotten, and the files that eval.py asks for beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "mixed.jsonl", [{k: r[k] for k in FIELDS[:2]} for r in forget])
+    write_lines(folder / "mixed_perturbed.jsonl", [{k: r[k] for k in FIELDS} for r in forget])
+    for name in ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
+        (folder / f"{name}.jsonl").write_bytes((ROOT / "data" / f"{name}.jsonl").read_bytes())
+    if retain:
+        write_lines(folder / "retain_perturbed.jsonl", [{k: r[k] for k in FIELDS} for r in retain])
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def bias_run(folder, names, target, reference, flags, seed):
+    output = unlearned(folder / "runs", target, folder / "mixed", 10, flags, seed,
+                       f"--retain {folder / 'retain'}")
+    return halves(folder, names, reference, output)
+
+
+def halves(folder, names, reference, model):
+    """Forget quality and answer probability of either half, and utility."""
+    forget = folder / "mixed"
+    metrics, = measure([model], forget, reference, "--max-new-tokens", "80")
+    result = {UTILITY: metrics[UTILITY]}
+    for name, part in zip(names, (slice(0, 50), slice(50, 100))):
+        mine, theirs = (values_of(m, forget)[part] for m in (model, reference))
+        result[f"forget quality, {name}"] = evaluation.forget_quality(
+            [r["truth_ratio"] for r in mine], [r["truth_ratio"] for r in theirs])
+        result[f"probability, {name}"] = statistics.fmean(r["probability"] for r in mine)
+    return result
+
+
+AT_EPOCHS = (1, 2, 3, 10)
+
+
+def gradient_weights(folder, target, method, flags):
+    """[(|y|, weight) of each forget example] after some epochs: minus d loss / d log pi(y|x)."""
+    output = unlearned(folder / "weights", target, folder / "mixed", 10, flags, REPORTED[0],
+                       f"--retain {folder / 'retain'} --snapshots 1epoch")
+    ends = sorted(output.glob("step-*"))
+    beta = float(short(flags).split(", ")[0])
+    start, lengths = logps_of(target, folder / "mixed")
+    found = []
+    for epoch in AT_EPOCHS:
+        logps, _ = logps_of(ends[epoch - 1], folder / "mixed")
+        logps.requires_grad_()
+        loss = (train.npo_loss(logps, start, beta) if method == "NPO"
+                else train.simnpo_loss(logps, lengths, beta))
+        found.append((lengths.tolist(), torch.autograd.grad(loss.sum(), logps)[0].tolist()))
+    return found
+
+
+@torch.no_grad()
+def logps_of(model, path):
+    """log pi(y|x) and |y| of each record of a file: (n,), (n,)."""
+    model, tokenizer = load_pretrained(model)
+    found = [answer_logps(model, *collate([e])) for e in load_examples(path, tokenizer, 512)]
+    return torch.cat([logps for logps, _ in found]), torch.cat([lengths for _, lengths in found])
+
+
+def print_weights(weights):
+    rows = [["", *(f"epoch {epoch}" for epoch in AT_EPOCHS)]]
+    for method, found in weights.items():
+        cells = []
+        for lengths, values in found:
+            middle = sorted(range(len(values)), key=lambda i: lengths[i])
+            few, many = (statistics.fmean(values[i] for i in part)
+                         for part in (middle[:50], middle[50:]))
+            together = torch.corrcoef(torch.tensor([lengths, values]))[0, 1].item()
+            cells.append(f"{number(few)} / {number(many)}, r {together:.2f}")
+        rows.append([method, *cells])
+    table("bias: gradient weight of short / long answers, its correlation r with |y|", rows)
+
+
+def draw_weights(weights, picture):
+    """The weight of each forget example against its length, a row a method, a column an epoch."""
+    plt = pyplot()
+    figure, panels = plt.subplots(len(weights), len(AT_EPOCHS), figsize=(12, 5), sharex=True,
+                                  sharey="row")
+    for (method, found), line in zip(weights.items(), panels):
+        for (lengths, values), epoch, panel in zip(found, AT_EPOCHS, line):
+            panel.plot(lengths, values, "o", ms=3, alpha=0.6, color=f"C{list(GRID).index(method)}")
+            together = torch.corrcoef(torch.tensor([lengths, values]))[0, 1].item()
+            panel.set_title(f"{method}, epoch {epoch}: r = {together:.2f}", fontsize=9)
+            panel.set_ylim(bottom=0)
+        line[0].set_ylabel("gradient weight")
+    for panel in panels[-1]:
+        panel.set_xlabel("answer tokens |y|")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
+# 4. What each ingredient does
+
+def ingredients(options):
+    """{with, without reference} x {sum, mean}; beta x gamma; KL from the start along the steps."""
+    target, reference = builtin("target", "full"), builtin("retain95", "retain95")
+    forget = ROOT / "data" / "forget05"
+    study = functools.partial(ingredients_run, target, reference)
+    ends = {name: measure([model], forget, reference, *EVAL)[0]
+            for name, model in (("target", target), ("retain-only", reference))}
+    grid, best, reported = tune(study, MIXED, (0, 1), both)
+    tuned_table("ingredients: forget05", ROWS, grid, best, reported, ends)
+    tasks = [(f"--loss simnpo --beta {beta} --gamma {gamma} --forget-weight 0.5 --lr 5e-4", 0)
+             for beta in HEAT_BETAS for gamma in GAMMAS]
+    found = dict(zip(tasks, each(study, tasks)))
+    for row in (QUALITY, UTILITY):
+        cells = iter(number(found[task][row]) for task in tasks)
+        table(f"ingredients: {row} of SimNPO, beta down, gamma across (lr 5e-4, seed 0)",
+              [["", *GAMMAS]] + [[beta, *(next(cells) for _ in GAMMAS)] for beta in HEAT_BETAS])
+    best = json.loads((RUNS / "best-forget05.json").read_text())
+    curves = dict(zip(METHODS, each(kl_curve, [(target, best[method]) for method in METHODS])))
+    steps = [step for step, *_ in next(iter(curves.values()))]
+    table("ingredients: KL(start || model) a token on forget05 / retain95, along the steps",
+          [["", *steps]] + [[method, *(f"{number(f)} / {number(r)}" for _, f, r in curve)]
+                            for method, curve in curves.items()])
+    if options.picture:
+        draw_ingredients({task: found[task] for task in tasks}, curves, options.picture)
+
+
+def mixed_losses():
+    """The two of the four that train.py does not have."""
+    train.LOSSES["npo_mean"] = train.Loss(
+        lambda y, args: train.npo_loss(y.logps / y.lengths, y.ref_logps / y.lengths, args.beta),
+        {"beta": 0.1, "forget_weight": 1.0}, needs_reference=True)
+    train.LOSSES["simnpo_sum"] = train.Loss(
+        lambda y, args: train.simnpo_loss(y.logps, torch.ones_like(y.logps), args.beta),
+        {"beta": 0.1, "forget_weight": 1.0})
+
+
+GRID |= {"reference, mean": ("--loss npo_mean", (2.5, 4.5), (0.5,), (3e-4, 5e-4, 1e-3)),
+         "no reference, sum": ("--loss simnpo_sum", (0.1, 0.3), (1,), (1e-4, 2e-4, 5e-4))}
+MIXED = ("NPO", "reference, mean", "no reference, sum", "SimNPO")
+HEAT_BETAS, GAMMAS = (0.5, 1, 2.5, 4.5, 8), (0, 0.5, 1, 2)
+
+
+def ingredients_run(target, reference, flags, seed):
+    mixed_losses()
+    return methods_run("forget05", target, reference, flags, seed)
+
+
+def kl_curve(target, flags):
+    """[(step, KL on forget, KL on retain)] of a run, in nats a token."""
+    output = unlearned(RUNS / "kl", target, ROOT / "data" / "forget05", 20, flags, REPORTED[0],
+                       "--snapshots 2epochs")
+    curve = [(0, 0.0, 0.0)]
+    for step in sorted(output.glob("step-*")):
+        files = [str(ROOT / "data" / name) for name in ("forget05", "retain95")]
+        argv = [str(step), "--reference", str(target), "--limit", "50", "--kl", *files]
+        metrics, = table_of(argv).values()
+        curve.append((int(step.name.removeprefix("step-")), *metrics.values()))
+    return curve
+
+
+def draw_ingredients(found, curves, picture):
+    """beta x gamma as heat maps; KL on forget and retain along the steps."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 4, figsize=(16, 3.8))
+    for row, panel in zip((QUALITY, UTILITY), panels):
+        values = torch.tensor([result[row] for result in found.values()])
+        values = values.view(len(HEAT_BETAS), len(GAMMAS))
+        shown = panel.imshow(values.clamp(min=1e-12).log10() if row == QUALITY else values)
+        for i, j in itertools.product(range(len(HEAT_BETAS)), range(len(GAMMAS))):
+            panel.text(j, i, number(values[i, j].item()), ha="center", va="center", color="w",
+                       fontsize=8)
+        panel.set(title=f"SimNPO: {row}", xlabel="gamma", ylabel="beta",
+                  xticks=range(len(GAMMAS)), yticks=range(len(HEAT_BETAS)))
+        panel.set_xticklabels(GAMMAS), panel.set_yticklabels(HEAT_BETAS)
+        figure.colorbar(shown, ax=panel, fraction=0.04)
+    for k, name in ((1, "forget05"), (2, "retain95")):
+        for i, (method, curve) in enumerate(curves.items()):
+            x, y = [point[0] for point in curve], [point[k] for point in curve]
+            panels[k + 1].plot(x, y, ".-", color=f"C{i}", label=method)
+        panels[k + 1].set(title=f"KL from the start on {name}", xlabel="step",
+                          ylabel="nats a token")
+    panels[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=100)
+
+
+# 5. Mixtures of Markov chains
 
 BETAS = {"SimNPO": (1, 2, 4, 8), "NPO": (0.05, 0.2, 0.5, 1)}  # the paper: 4; 0.2 (short) and 1 (never learned)
 CHAINS = tuple(make_markov.CHAINS)  # retain, forget1, forget2
@@ -345,7 +622,7 @@ def divergences(model, reference, folder):
     """KL(reference || model) per token on held-out sequences of each chain, in nats."""
     files = [str(folder / f"{chain}_test") for chain in CHAINS]
     argv = [str(model), "--reference", str(reference), "--limit", "500", "--kl", *files]
-    metrics, = evaluation.kl_columns(evaluation.parse_args(argv)).values()
+    metrics, = table_of(argv).values()
     if model.name.startswith("step-"):
         drop_weights(model)
     return dict(zip(CHAINS, metrics.values()))
@@ -390,9 +667,8 @@ def draw_markov(curves, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["methods", "tofu", "relearn", "markov"])
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "tofu", help="tofu: folder of the real files")
-    parser.add_argument("--picture", metavar="FILE", help="also draw it (methods, tofu, markov)")
+    parser.add_argument("study", choices=["methods", "relearn", "bias", "ingredients", "markov"])
+    parser.add_argument("--picture", metavar="FILE", help="also draw it (methods, markov)")
     options = parser.parse_args()
     if options.picture:
         pyplot()  # says at once that it is missing

@@ -1,4 +1,5 @@
-"""eval.py from end to end on tiny models built here: batching, saved results, broken models, MUSE, KL, ranks, errors."""
+"""eval.py from end to end on tiny models built here: scores, texts, rows, saved results, references
+that do not belong, MUSE, KL, ranks, errors."""
 
 import json
 import math
@@ -10,60 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import ROOT, write_lines, write_model, write_muse, write_tofu
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import hmean
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eval as evaluation
-from data.load import Example, InputError
+from data import builtin
+from data.load import Example
+from data.official import TOFU_LOGS
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_model(folder, seed=0, **changes):
-    """A tiny random Llama with a tokenizer of single bytes; </s> is common enough that many answers end."""
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**dict(
-        vocab_size=len(alphabet), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=0, eos_token_id=1), **changes})
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[1] *= 2
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def write_lines(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-
-
-def write_tofu(folder, n=12):
-    """forget05 and the four evaluation files, on nobody."""
-    def person(i, options):
-        extra = {} if options else {"paraphrased_answer": f"The town of {i * 7 % 10}."}
-        return {"question": f"Where does number {i}{' of the long queue' * (i % 3)} live?", "answer": f"In town {i * 7 % 10}.",
-                "perturbed_answer": [f"In town {(i + k) % 10}, I think." for k in (1, 2, 3)], **extra}
-    for name, options in (("forget05", 0), ("retain", 0), ("real_authors", 1), ("world_facts", 1)):
-        write_lines(folder / f"{name}_perturbed.jsonl", [person(i + len(name) * 31, options) for i in range(n)])
-    write_lines(folder / "forget05.jsonl", [{"question": "q", "answer": "a"}])
-    return str(folder / "forget05")
-
-
-def write_muse(folder, n=6):
-    texts = [f"{k} green bottles hanging on the wall number {k * k}" for k in range(4 * n)]
-    write_lines(folder / "verbmem" / "forget.json", [{"prompt": t[:20], "gt": t[20:]} for t in texts[:n]])
-    for split in ("forget", "retain"):
-        qa = [{"question": f"How many {split}?", "answer": f"{k} bottles"} for k in range(n)]
-        write_lines(folder / "knowmem" / f"{split}_qa.json", qa)
-        write_lines(folder / "knowmem" / f"{split}_qa_icl.json", qa[:2])
-    for i, split in enumerate(("forget", "retain", "holdout")):
-        (folder / "privleak").mkdir(exist_ok=True)
-        (folder / "privleak" / f"{split}.json").write_text(json.dumps(texts[i * n:(i + 1) * n]))
-    return str(folder)
+SHARED = ROOT.parent / "shared"
 
 
 def spoil(folder):
@@ -71,6 +30,12 @@ def spoil(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     model.model.norm.weight.data[0] = math.nan
     model.save_pretrained(folder)
+
+
+def write_holdout(tofu, n=12):
+    people = [{"question": f"Where does number {i} live?", "answer": f"In town {i * 3 % 10}."}
+              for i in range(500, 500 + n)]
+    write_lines(Path(tofu).with_name("holdout05.jsonl"), people)
 
 
 def numbers(folder, mode="tofu"):
@@ -91,18 +56,52 @@ def same(a, b, tolerance):
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
     for path, x in a.items():
-        assert b[path] == (pytest.approx(x, abs=tolerance, rel=tolerance) if isinstance(x, float) else x), path
+        close = pytest.approx(x, abs=tolerance, rel=tolerance) if isinstance(x, float) else x
+        assert b[path] == close, path
 
 
 @pytest.fixture(scope="module")
 def tofu(tmp_path_factory):
-    return write_tofu(tmp_path_factory.mktemp("tofu"))
+    """A forget set with its evaluation files and a holdout."""
+    path = write_tofu(tmp_path_factory.mktemp("tofu"))
+    write_holdout(path)
+    return path
+
+
+def teach(folder, texts, steps):
+    """Train a model a little on these texts, so that no row of its table is 0."""
+    model, tokenizer = opened(folder)
+    ids = [torch.tensor([*tokenizer(text).input_ids, 1]) for text in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    inputs, labels = (pad(ids, batch_first=True, padding_value=x) for x in (0, -100))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def opened(folder):
+    """Model and tokenizer as transformers alone opens them."""
+    return (AutoModelForCausalLM.from_pretrained(folder).eval(),
+            AutoTokenizer.from_pretrained(folder))
+
+
+SPLITS = ("forget05", "retain", "real_authors", "world_facts")
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Two models of different seeds."""
-    return [write_model(tmp_path_factory.mktemp("models") / name, seed) for seed, name in enumerate(("plain", "retrained"))]
+def pair(tmp_path_factory, tofu):
+    """A model that has learnt the answers a little, and one that has not met the forget set's."""
+    folder, models = tmp_path_factory.mktemp("models"), []
+    for seed, (name, splits) in enumerate({"plain": SPLITS, "retrained": SPLITS[1:]}.items()):
+        records = [r for split in splits
+                   for r in read_lines(Path(tofu).with_name(f"{split}_perturbed.jsonl"))]
+        texts = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in records]
+        models.append(teach(write_model(folder / name, seed), texts, 40))
+    return models
 
 
 @pytest.fixture(autouse=True)
@@ -114,37 +113,121 @@ def run(*argv):
     return evaluation.main([*map(str, argv)])
 
 
+def error_of(capsys, *argv):
+    """The one line with which a command is refused."""
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def cells(capsys, row):
+    """The row's cells in the table just printed."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(row + "  ")]
+    return lines[0][len(row):].replace("- [", "-[").split()
+
+
+# The oracle: transformers, one text at a time.
+
+def token_logps(known, text, answer):
+    """Log-probabilities (float64) of the answer's bytes and of </s> after them, and whether each is
+    the largest. `known` are model and tokenizer, `text` is what stands before the answer."""
+    model, tokenizer = known
+    ids = [*tokenizer(text + answer).input_ids, 1]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    wanted = torch.tensor(ids[1:])
+    logps = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    count = len(answer.encode()) + 1
+    return logps[-count:], (logits.argmax(-1) == wanted)[-count:].tolist()
+
+
+def asked(record):
+    return f"Question: {record['question']}\nAnswer:"  # the blank after it is the answer's
+
+
+def probability(known, record, answer):
+    return token_logps(known, asked(record), " " + answer)[0].mean().exp().item()
+
+
+def continuation(model, prompt, most, ends=(1,), **options):
+    new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(),
+                         max_new_tokens=most, do_sample=False, pad_token_id=1,
+                         eos_token_id=list(ends), **options)[0, len(prompt):].tolist()
+    return new[:next((i for i, token in enumerate(new) if token in ends), len(new))]
+
+
+def tail_of(right):
+    """How many at the end are right."""
+    return next((i for i, x in enumerate(reversed(right)) if not x), len(right))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 # Scoring and generation
 
 def test_scores_are_those_of_full_logits(pair):
-    model, tokenizer = evaluation.load_pretrained(pair[0])
+    model, _ = evaluation.load_pretrained(pair[0])
     torch.manual_seed(1)
-    examples = [Example(torch.randint(2, 250, (n,)).tolist(), s) for n, s in ((9, 3), (30, 29), (4, 1), (17, 8), (9, 2))]
+    examples = [Example(torch.randint(2, 250, (length,)).tolist(), start)
+                for length, start in ((9, 3), (30, 29), (4, 1), (17, 8), (9, 2))]
     for max_tokens in (1, 40, 10**6):
-        for e, (logps, right) in zip(examples, evaluation.score_answers(model, examples, max_tokens)):
+        scores = evaluation.score_answers(model, examples, max_tokens)
+        for e, (logps, right) in zip(examples, scores):
             logits = model(torch.tensor([e.input_ids])).logits[0].double().log_softmax(-1)
             targets = torch.tensor(e.input_ids[e.start:])
             predicting = logits[e.start - 1:-1]
-            assert torch.allclose(logps.double(), predicting.gather(1, targets[:, None])[:, 0], atol=1e-5)
+            wanted = predicting.gather(1, targets[:, None])[:, 0]
+            assert torch.allclose(logps.double(), wanted, atol=1e-5)
             assert right.tolist() == (predicting.argmax(-1) == targets).tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_generation_is_that_of_transformers(pair, batch_size):
-    model, tokenizer = evaluation.load_pretrained(pair[0])
+def some_prompts():
     torch.manual_seed(2)
-    prompts = [[0, *torch.randint(2, 250, (n,)).tolist()] for n in (5, 80, 6, 6, 30, 7, 1, 31, 90, 12)]
-    want = []
-    for prompt in prompts:
-        new = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                             max_new_tokens=30, do_sample=False, pad_token_id=1)[0, len(prompt):].tolist()
-        want.append(new[:new.index(1)] if 1 in new else new)
-    assert evaluation.generate(model, prompts, tokenizer, 30, batch_size) == want
-    assert len({len(x) for x in want}) > 3 and max(map(len, want)) == 30  # some end early, some never
+    lengths = (5, 80, 6, 6, 30, 7, 1, 31, 90, 12)
+    return [[0, *torch.randint(2, 250, (n,)).tolist()] for n in lengths]
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": [5, 6, 140]},
+    {"begin_suppress_tokens": [5, 6, 140]}, {"bad_words_ids": [[5], [6, 7]]}, {"min_length": 20},
+    {"eos_token_id": [1, 9, 20]}, {"stop_strings": ["a", "}"]},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"do_sample": True, "temperature": 0.3, "num_beams": 2}], ids=lambda asked: "-".join(asked))
+def test_generation_is_that_of_transformers_in_any_batch(asked, tmp_path):
+    """What a model's generation_config says of greedy decoding is honoured."""
+    folder = write_model(tmp_path / "m")
+    path = Path(folder, "generation_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
+    model, tokenizer = evaluation.load_pretrained(folder)
+    evaluation.check_generation(folder, model)
+    own = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ends = asked.get("eos_token_id", [1])
+    wanted = [continuation(own, prompt, 30, ends, tokenizer=tokenizer, num_beams=1,
+                           return_dict_in_generate=False) for prompt in some_prompts()]
+    for batch_size in (1, 3, 64):
+        got = evaluation.generate(model, some_prompts(), tokenizer, 30, batch_size)
+        assert got == wanted
+    assert len({len(x) for x in wanted}) > 3
+
+
+def test_what_generation_config_asks_matters(tmp_path):
+    """The test above would not see it if nothing changed."""
+    model, tokenizer = evaluation.load_pretrained(write_model(tmp_path / "m"))
+    plain = evaluation.generate(model, some_prompts(), tokenizer, 30, 64)
+    for name, value in (("repetition_penalty", 1.5), ("no_repeat_ngram_size", 2),
+                        ("min_length", 20), ("eos_token_id", [1, 9, 20])):
+        before = getattr(model.generation_config, name)
+        setattr(model.generation_config, name, value)
+        assert evaluation.generate(model, some_prompts(), tokenizer, 30, 64) != plain, name
+        setattr(model.generation_config, name, before)
 
 
 def test_generation_stops_at_the_end_of_the_context(tmp_path):
-    model, tokenizer = evaluation.load_pretrained(write_model(tmp_path / "m", max_position_embeddings=24))
+    folder = write_model(tmp_path / "m", max_position_embeddings=24)
+    model, tokenizer = evaluation.load_pretrained(folder)
     with torch.no_grad():
         model.lm_head.weight[1] = 0  # logit 0: never the largest
     prompts = [[0, 9, 9], [0] * 24, [0] * 30, [0] * 20]
@@ -152,106 +235,159 @@ def test_generation_stops_at_the_end_of_the_context(tmp_path):
     assert [x and len(x) for x in new] == [21, None, None, 4]
 
 
+CHAT = ("{% if date_string %}Today: {{ date_string }}{% endif %}{% for m in messages %}"
+        "{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+
+
+def write_chat(folder, seed=0):
+    """A model with a chat template whose turns end with a token of their own, not the EOS."""
+    write_model(folder, seed, vocab_size=259)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[258] *= 2
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_end_of_a_chats_turn_ends_generation(tofu, tmp_path):
+    folder = write_chat(tmp_path / "chat", seed=4)
+    assert run(folder, "--forget", tofu, "--max-new-tokens", 40) == 0
+    model, tokenizer = opened(folder)
+    lengths = set()
+    for record in numbers(folder)["forget"]:
+        text = f"user: {record['question']}<|end|>assistant:"
+        assert record["prompt"] == text
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        new = continuation(model, prompt, 40, ends=(1, 258))
+        assert record["generated"] == tokenizer.decode(new, skip_special_tokens=True)
+        longer = continuation(model, prompt, 40)  # as if only the EOS ended it
+        lengths.add((len(new), len(longer)))
+    assert any(short < long for short, long in lengths)
+
+
 # TOFU
 
 def test_same_table_for_any_batch_size(pair, tofu):
-    assert run(*pair, "--forget", tofu, "--max-new-tokens", 25, "--batch-size", 64) == 0
+    flags = ["--forget", tofu, "--max-new-tokens", 25]
+    assert run(*pair, *flags, "--batch-size", 64) == 0
     wide = [numbers(m) for m in pair]
-    assert run(*pair, "--forget", tofu, "--max-new-tokens", 25, "--batch-size", 1, "--max-tokens", 1, "--force") == 0
+    assert run(*pair, *flags, "--batch-size", 1, "--max-tokens", 1, "--force") == 0
     narrow = [numbers(m) for m in pair]
-    assert wide is not narrow
     same(wide, narrow, 1e-5)
     same(evaluation.tofu_metrics(*wide), evaluation.tofu_metrics(*narrow), 1e-6)
 
 
-def test_values_are_what_they_are_called(pair, tofu):
-    run(pair[0], "--forget", tofu, "--max-new-tokens", 30)
-    model, tokenizer = evaluation.load_pretrained(pair[0])
-    record = numbers(pair[0])["world_facts"][3]
-
-    def nll(answer):
-        prompt = "<s>Question: {question}\nAnswer: ".format(**record)
-        ids = tokenizer(prompt + answer + "</s>", return_tensors="pt", add_special_tokens=False).input_ids
-        count = len(answer.encode()) + 2  # the blank before it and the EOS
-        logps = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        return -logps[-count:].mean().item()
-
-    false = json.loads(Path(tofu + "_perturbed.jsonl").with_name("world_facts_perturbed.jsonl").read_text().splitlines()[3])
-    false = [nll(answer) for answer in false["perturbed_answer"]]
-    true = nll(record["answer"])
-    assert record["nll"] == record["paraphrased_nll"] == pytest.approx(true, rel=1e-5)
-    assert record["perturbed_nll"] == pytest.approx(false, rel=1e-5)
-    assert record["truth_ratio"] == pytest.approx(math.exp(sum(false) / 3 - true), rel=1e-4)
-    assert record["tokens"] == len(record["answer"]) + 2
-    assert record["rouge_l_recall"] == evaluation.rouge_l(record["generated"], record["answer"], True)[1]
-
-
-def test_reference_kinds_agree(pair, tofu, tmp_path, capsys):
-    """A model, its eval.json, and the same values in the two official formats give one forget quality."""
-    run(pair[0], "--forget", tofu, "--reference", pair[1], "--max-new-tokens", 5)
-    values = numbers(pair[1])
-    fields = {"avg_gt_loss": "nll", "avg_paraphrased_loss": "paraphrased_nll", "average_perturb_loss": "perturbed_nll",
-              "rougeL_recall": "rouge_l_recall"}
-    log = {name: {k: {str(i): r[f] for i, r in enumerate(values[split])} for k, f in fields.items()}
-           for split, name in evaluation.LOG_FILES.items()}
-    lists = {name: {k: list(v.values()) for k, v in part.items()} for name, part in log.items()}
-    scores = {str(i): {"score": 1 / r["truth_ratio"]} for i, r in enumerate(values["forget"])}
-    rows = set()
-    for kind, content in (("log", log), ("lists", lists), ("open", {"forget_truth_ratio": {"value_by_index": scores}})):
-        (tmp_path / f"{kind}.json").write_text(json.dumps(content))
-        capsys.readouterr()
-        assert run(pair[0], "--forget", tofu, "--reference", tmp_path / f"{kind}.json", "--max-new-tokens", 5) == 0
-        lines = capsys.readouterr().out.splitlines()
-        rows.add(next(line.split()[-1] for line in lines if line.startswith("forget quality (KS p)")))
-    assert run(pair[0], "--forget", tofu, "--reference", Path(pair[1], "eval.json"), "--max-new-tokens", 5) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows.add(next(line.split()[-1] for line in lines if line.startswith("forget quality (KS p)")))
-    assert len(rows) == 1 and 0 < float(rows.pop()) < 1
-
-
-def test_saved_results_are_used_and_kept(pair, tofu, tmp_path, capsys, monkeypatch):
-    other = write_tofu(tmp_path / "other", n=5)
-    model = write_model(tmp_path / "m", seed=3)
-    assert run(model, "--forget", tofu, "--max-new-tokens", 5) == run(model, "--forget", other, "--max-new-tokens", 5) == 0
-    capsys.readouterr()
-    loads = []
-    monkeypatch.setattr(evaluation, "load", lambda *args: loads.append(args) or pytest.fail("the model was loaded"))
-    assert run(model, "--forget", tofu, "--max-new-tokens", 5) == 0  # the second split did not push out the first
-    first = capsys.readouterr().out
-    Path(model, "eval.json").rename(tmp_path / "m.json")
-    assert run(tmp_path / "m.json", "--forget", tofu) == 0  # no settings asked for: it is only printed
-    assert capsys.readouterr().out == first
-    assert run(tmp_path / "m.json") == 2 and "choose one with --forget" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "m.json").rename(tmp_path / "m" / "eval.json")
-    calls = []
-    monkeypatch.setattr(evaluation, "evaluate_tofu", lambda *args: calls.append(args) or numbers(pair[0]))
-    for changed in (["--max-new-tokens", 6], ["--max-new-tokens", 6, "--limit", 3], ["--force"]):
-        assert run(model, "--forget", tofu, *changed) == 0
-    assert run(model, "--forget", tofu) == 0 and len(calls) == 3
-    os.utime(Path(model, "model.safetensors"), (1, 1))
-    assert run(model, "--forget", tofu) == 0 and len(calls) == 4
+def test_every_row_against_one_text_at_a_time(pair, tofu):
+    """The whole table of TOFU, from float64 log-probabilities of texts put together here."""
+    assert run(pair[0], "--forget", tofu, "--reference", pair[1], "--max-new-tokens", 30) == 0
+    table = evaluation.tofu_metrics(*map(numbers, pair))
+    models = [opened(folder) for folder in pair]
+    model, tokenizer = known = models[0]
+    scorer, wanted = RougeScorer(["rougeL"], use_stemmer=True), {}
+    for split in SPLITS:
+        people, alone = split in SPLITS[:2], split in SPLITS[2:]
+        rows = {}
+        for r in read_lines(Path(tofu).with_name(f"{split}_perturbed.jsonl")):
+            p = probability(known, r, r["answer"])
+            para = probability(known, r, r.get("paraphrased_answer", r["answer"]))
+            false = [probability(known, r, answer) for answer in r["perturbed_answer"]]
+            ratio = para / math.prod(false) ** (1 / len(false))
+            of_forget = min(ratio, 1 / ratio)
+            new = continuation(model, tokenizer(asked(r)).input_ids, 30)
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            right = token_logps(known, asked(r), " " + r["answer"])[1][:-1]  # no EOS
+            row = {"probability": p / (p + sum(false)) if alone else p,
+                   "ROUGE-L recall": scorer.score(r["answer"], text)["rougeL"].recall,
+                   "truth ratio": of_forget if split == "forget05" else max(0, 1 - 1 / ratio)}
+            if people:
+                row |= {"knowledge score": para / (para + sum(false)),
+                        "exact memorization": sum(right) / len(right),
+                        "extraction strength": tail_of(right) / len(right)}
+            if split == "forget05":
+                row["paraphrase probability"] = para
+            for name, value in row.items():
+                rows.setdefault(name, []).append(value)
+        name = split.removesuffix("05").replace("_", " ")
+        wanted |= {f"{name} {row}": sum(values) / len(values) for row, values in rows.items()}
+    wanted["model utility"] = hmean([value for name, value in wanted.items()
+                                     if name.startswith(("retain", "real", "world"))
+                                     and name.endswith(("probability", "recall", "ratio"))])
+    aucs = []
+    for known in models:
+        scores, member = [], []
+        for name in ("forget05_perturbed", "holdout05"):
+            for r in read_lines(Path(tofu).with_name(f"{name}.jsonl")):
+                logps = token_logps(known, asked(r), " " + r["answer"])[0].sort().values
+                scores.append(-logps[:max(1, int(0.4 * len(logps)))].mean().item())
+                member.append(name != "holdout05")
+        aucs.append(roc_auc_score(member, scores))
+    wanted["forget/holdout AUC"] = aucs[0]
+    wanted["forget PrivLeak"] = 100 * (aucs[0] - aucs[1]) / aucs[1]
+    assert set(table) - set(wanted) == {"forget quality (KS p)", "forget quality (KS D)"}
+    for name, value in wanted.items():
+        assert table[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    assert all(abs(value) > 1e-3 for value in wanted.values()), wanted
 
 
-def test_saved_file_is_strict_json_with_everything(pair, tofu):
-    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
-    saved = json.loads(Path(pair[0], "eval.json").read_text(), parse_constant=pytest.fail)
-    entry = next(iter(saved["evaluations"].values()))
-    assert entry["run"]["torch"] == torch.__version__ and entry["settings"]["max_new_tokens"] == 5
-    assert [len(entry["values"][split]) for split in entry["values"]] == [12] * 4
-    assert all(isinstance(r["generated"], str) for r in entry["values"]["forget"])
+def test_records_used_are_printed(pair, tofu, tmp_path, capsys):
+    assert run(*pair, "--forget", tofu, "--max-new-tokens", 5) == 0
+    line = "Records: forget 12, retain 12, real_authors 12, world_facts 12, holdout 12"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert run(pair[0], "--forget", tofu, "--max-new-tokens", 5, "--limit", 7) == 0
+    assert "Records: forget 7, retain 7," in capsys.readouterr().out
+    Path(pair[0], "eval.json").rename(tmp_path / "a.json")
+    assert run(pair[1], tmp_path / "a.json", "--forget", tofu, "--max-new-tokens", 5) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(",")[0] for line in lines] == ["Records of retrained: forget 12",
+                                                      "Records of a: forget 7"]
+
+
+def test_without_a_holdout_a_footnote_says_so(pair, tmp_path, capsys):
+    assert run(pair[0], "--forget", write_tofu(tmp_path / "bare"), "--max-new-tokens", 5) == 0
+    assert "needs a holdout beside the forget set (forget05: holdout05)" in capsys.readouterr().out
+
+
+def test_answers_without_a_to_z_have_no_rouge(pair, tmp_path, capsys):
+    path = write_tofu(tmp_path / "tofu")
+    records = read_lines(path + "_perturbed.jsonl")
+    records[3]["answer"] = "在北京。"
+    write_lines(Path(path + "_perturbed.jsonl"), records)
+    assert run(pair[0], "--forget", path, "--max-new-tokens", 5) == 0
+    out = capsys.readouterr().out
+    number = re.search(r"forget ROUGE-L recall +- \[(\d)\]", out)[1]
+    assert (f"[{number}] ROUGE knows a-z and 0-9 only, and there is none in the answer for 1 of 12 "
+            "forget examples") in out
+    assert re.search(r"retain ROUGE-L recall +[01]\.\d", out)  # of the others there is
+    assert numbers(pair[0])["forget"][3]["rouge_l_recall"] is None
 
 
 def test_a_model_of_nan_gets_a_table(pair, tofu, tmp_path, capsys):
     model = write_model(tmp_path / "nan")
     spoil(model)
     assert run(model, "--forget", tofu, "--reference", pair[0], "--max-new-tokens", 5) == 0
-    lines = capsys.readouterr().out.splitlines()
-    table = [line for line in lines if line.startswith(("forget", "model", "retain", "real", "world"))]
-    assert len(table) == 19 and all(line.rstrip().endswith("]") and " - [" in line for line in table)
-    assert any("not finite (NaN)" in line and "12 of 12" in line for line in lines)
+    out = capsys.readouterr().out
+    for name in evaluation.TOFU_ROWS:
+        row = next(line for line in out.splitlines() if line.startswith(name + "  "))
+        assert re.search(r"- \[\d\]$", row), row
+    assert "not finite (NaN), or no room in the model's context, for 12 of 12 forget" in out
     json.loads(Path(model, "eval.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_model_that_is_far_off_gets_a_table(tofu, tmp_path, capsys):
+    """Thousands of nats a token: probabilities underflow, and R has no room in a float."""
+    model = write_model(tmp_path / "far")
+    net = LlamaForCausalLM.from_pretrained(model)
+    net.lm_head.weight.data *= 1e4
+    net.save_pretrained(model)
+    assert run(model, "--forget", tofu, "--max-new-tokens", 5) == 0
+    assert cells(capsys, "forget probability") == ["0.000000"]
+    json.loads(Path(model, "eval.json").read_text(), parse_constant=pytest.fail)
+    assert max(r["truth_ratio"] for r in numbers(model)["forget"]) > 1e300
 
 
 def test_empty_answers_get_a_table(tofu, tmp_path, capsys):
@@ -262,17 +398,20 @@ def test_empty_answers_get_a_table(tofu, tmp_path, capsys):
     net.lm_head.weight.data[:] = 0  # all logits are 0, and </s> is not the first of them
     net.save_pretrained(model)
     path = Path(model, "generation_config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [0, 1]}))  # now the first is an end
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "eos_token_id": [0, 1]}))  # now the first is an end
     assert run(model, "--forget", tofu) == 0
     assert {r["generated"] for r in numbers(model)["forget"]} == {""}
     out = capsys.readouterr().out
-    assert re.search("forget ROUGE-L recall +0.000000", out) and re.search("model utility +0.000000", out)
+    assert re.search("forget ROUGE-L recall +0.000000", out)
+    assert re.search("model utility +0.000000", out)
 
 
-def test_columns_of_the_builtin_benchmark(pair, tofu, tmp_path, capsys, monkeypatch):
-    """On the project's own data the target and the retain-only model are made by train.py and shown first."""
+def test_columns_of_the_builtin_benchmark(pair, tmp_path, capsys, monkeypatch):
+    """On the project's own data the target and the retain-only model are made by train.py and
+    shown first."""
     write_tofu(tmp_path / "data")
-    monkeypatch.setattr(evaluation, "ROOT", tmp_path)
+    monkeypatch.setattr(builtin, "DATA", tmp_path / "data")
     made = []
 
     def train(command, **options):
@@ -280,12 +419,245 @@ def test_columns_of_the_builtin_benchmark(pair, tofu, tmp_path, capsys, monkeypa
         write_model(tmp_path / command[command.index("--output") + 1], seed=len(made))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(evaluation.subprocess, "run", train)
-    assert run(pair[0], "--forget", "data/forget05", "--max-new-tokens", 5) == 0
-    assert [(Path(c[1]).name, c[3]) for c in made] == [("full", "runs/target"), ("retain95", "runs/retain95")]
-    assert capsys.readouterr().out.splitlines()[0].split() == ["target", "retain95", "plain"]
-    assert run("runs/target", "--forget", "data/forget05", "--max-new-tokens", 5) == 0 and len(made) == 2
+    monkeypatch.setattr(builtin.subprocess, "run", train)
+    flags = ["--forget", "data/forget05", "--max-new-tokens", 5]
+    assert run(pair[0], *flags) == 0
+    assert [(Path(c[1]).name, c[3]) for c in made] == [("full", "runs/target"),
+                                                       ("retain95", "runs/retain95")]
+    out = capsys.readouterr().out.splitlines()
+    assert ["target", "retain95", "plain"] in [line.split() for line in out]
+    assert run("runs/target", *flags) == 0 and len(made) == 2
     assert capsys.readouterr().out.splitlines()[0].split() == ["target", "retain95"]
+
+
+# What was saved, and the logs of others
+
+def test_saved_results_are_used_and_kept(pair, tofu, tmp_path, capsys, monkeypatch):
+    other = write_tofu(tmp_path / "other", n=5)
+    model = write_model(tmp_path / "m", seed=3)
+    for path in (tofu, other):
+        assert run(model, "--forget", path, "--max-new-tokens", 5) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(evaluation, "load", lambda *args: pytest.fail("the model was loaded"))
+    # the second split did not push out the first
+    assert run(model, "--forget", tofu, "--max-new-tokens", 5) == 0
+    first = capsys.readouterr().out
+    Path(model, "eval.json").rename(tmp_path / "m.json")
+    assert run(tmp_path / "m.json", "--forget", tofu) == 0  # no settings asked for: only printed
+    assert capsys.readouterr().out == first
+    assert "choose one with --forget" in error_of(capsys, tmp_path / "m.json")
+    (tmp_path / "m.json").rename(tmp_path / "m" / "eval.json")
+    calls = []
+    monkeypatch.setattr(evaluation, "load", lambda *args: (None, None))
+    monkeypatch.setattr(evaluation, "evaluate_tofu",
+                        lambda *args: calls.append(args) or numbers(model))
+    for changed in (["--max-new-tokens", 6], ["--max-new-tokens", 6, "--limit", 3], ["--force"]):
+        assert run(model, "--forget", tofu, *changed) == 0
+    assert run(model, "--forget", tofu) == 0 and len(calls) == 3
+    os.utime(Path(model, "model.safetensors"), (1, 1))
+    assert run(model, "--forget", tofu) == 0 and len(calls) == 4
+
+
+def test_saved_file_is_strict_json_with_everything(pair, tofu):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5, "--force")
+    saved = json.loads(Path(pair[0], "eval.json").read_text(), parse_constant=pytest.fail)
+    entry = list(saved["evaluations"].values())[-1]
+    assert entry["run"]["torch"] == torch.__version__
+    assert entry["settings"]["max_new_tokens"] == 5
+    assert [len(records) for records in entry["values"].values()] == [12] * 5
+    record = entry["values"]["forget"][0]
+    assert isinstance(record["generated"], str)
+    assert record["prompt"] == asked(record)
+
+
+def official(values, columns=list):
+    """The same values as TOFU's official code logs them: lists, or dicts by index in any order."""
+    fields = {"avg_gt_loss": "nll", "avg_paraphrased_loss": "paraphrased_nll",
+              "average_perturb_loss": "perturbed_nll", "rougeL_recall": "rouge_l_recall"}
+    if columns is dict:
+        columns = lambda items: {str(i): x for i, x in reversed(list(enumerate(items)))}
+    log = {}
+    for split, name in TOFU_LOGS.items():
+        log[name] = {column: columns([r[f] for r in values[split]]) for column, f in fields.items()}
+        log[name]["generated_text"] = columns(
+            [[r["question"], r["generated"], r["answer"]] for r in values[split]])
+    return log
+
+
+def open_unlearning(values, metrics):
+    """What OpenUnlearning's TOFU_EVAL.json would hold: aggregates, 1/R, Min-40% scores, texts."""
+    def by_index(records, field, of):
+        return {str(i): {of: r[field]} for i, r in enumerate(records)}
+
+    forget, holdout = values["forget"], values["holdout"]
+    inverse = [{"score": 1 / r["truth_ratio"]} for r in forget]
+    return {
+        "forget_truth_ratio": {"agg_value": metrics["forget truth ratio"],
+                               "value_by_index": by_index(inverse, "score", "score")},
+        "forget_Q_A_ROUGE": {"agg_value": metrics["forget ROUGE-L recall"],
+                             "value_by_index": by_index(forget, "answer", "ground_truth")},
+        "mia_min_k": {"agg_value": 1 - metrics["forget/holdout AUC"],
+                      "forget": {"value_by_index": by_index(forget, "min_40", "score")},
+                      "holdout": {"value_by_index": by_index(holdout, "min_40", "score")}},
+        "forget_Q_A_Prob": {"agg_value": metrics["forget probability"]},
+        "retain_Truth_Ratio": {"agg_value": metrics["retain truth ratio"]},
+        "extraction_strength": {"agg_value": metrics["forget extraction strength"]},
+        "model_utility": {"agg_value": metrics["model utility"]},
+        "forget_quality": {"agg_value": 0.25}, "privleak": {"agg_value": -12.5},
+        "mia_loss": {"agg_value": 0.75}, "retain_Q_A_Prob": {"agg_value": None}}
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_reference_kinds_agree(pair, tofu, tmp_path, capsys):
+    """A model, its eval.json, and the same values in the official formats give the same rows."""
+    flags = ["--forget", tofu, "--max-new-tokens", 5]
+    run(pair[0], *flags, "--reference", pair[1])
+    values = numbers(pair[1])
+    capsys.readouterr()
+    kinds = {"model": Path(pair[1]), "ours": Path(pair[1], "eval.json"),
+             "lists": write_json(tmp_path / "lists.json", official(values)),
+             "dicts": write_json(tmp_path / "dicts.json", official(values, dict)),
+             "open": write_json(tmp_path / "open.json", open_unlearning(
+                 values, evaluation.tofu_metrics(values, None)))}
+    quality, leak = {}, {}
+    for kind, path in kinds.items():
+        assert run(pair[0], *flags, "--reference", path) == 0
+        out = capsys.readouterr().out
+        quality[kind] = re.search(r"forget quality \(KS p\).* (\S+)$", out, re.MULTILINE)[1]
+        leak[kind] = re.search(r"forget PrivLeak.* (\S+)$", out, re.MULTILINE)[1]
+    assert len(set(quality.values())) == 1 and 0 < float(quality["model"]) < 1
+    assert leak["model"] == leak["ours"] == leak["open"] and float(leak["model"])
+    assert leak["lists"] == leak["dicts"] == "[1]"
+
+
+def test_official_log_is_completed(pair, tofu, tmp_path):
+    """Rows that follow from the nlls are the same from an official log as from the values."""
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    values = numbers(pair[0])
+    path = write_json(tmp_path / "log.json", official(values, dict))
+    entry = evaluation.results.read_entry(
+        path, evaluation.results.Evaluation("tofu", {}, None, evaluation.complete_tofu))
+    ours, theirs = (evaluation.tofu_metrics(v, values) for v in (values, entry["values"]))
+    lacking = {row for row, value in theirs.items() if value == "its file does not hold this"}
+    assert lacking == {row for row in ours if row.endswith(("memorization", "strength"))
+                       or row in ("forget PrivLeak", "forget/holdout AUC")}
+    for row in ours.keys() - lacking:
+        assert theirs[row] == pytest.approx(ours[row], rel=1e-12), row
+
+
+def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, capsys):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    values = numbers(pair[0])
+    metrics = evaluation.tofu_metrics(values, None)
+    path = write_json(tmp_path / "TOFU_EVAL.json", open_unlearning(values, metrics))
+    capsys.readouterr()
+    assert run(path) == 0
+    out = capsys.readouterr().out
+    shown = dict(re.findall(r"^(\S.*?\S)  +(-?[\d.e-]+)$", out, re.MULTILINE))
+    want = {name: metrics[name] for name in (
+        "forget truth ratio", "forget ROUGE-L recall", "forget probability", "retain truth ratio",
+        "forget extraction strength", "model utility", "forget/holdout AUC")}
+    want |= {"forget quality (KS p)": 0.25, "forget PrivLeak": -12.5, "mia_loss": 0.75,
+             "mia_min_k": 1 - metrics["forget/holdout AUC"]}
+    assert shown.keys() == want.keys()
+    assert {name: float(x) for name, x in shown.items()} == pytest.approx(want, abs=1e-6)
+    assert "Records: forget 12, holdout 12" in out
+    # beside a reference: what is computed here goes before what the file says
+    assert run(pair[0], path, "--forget", tofu, "--max-new-tokens", 5, "--reference", pair[0]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"forget quality \(KS p\) +1.000000 +1.000000", out)
+    assert re.search(r"mia_loss +- \[\d\] +0.750000", out)
+
+
+# References that do not belong
+
+def test_a_reference_of_other_questions_is_refused(pair, tofu, tmp_path, capsys, monkeypatch):
+    flags = ["--max-new-tokens", 5]
+    other = write_tofu(tmp_path / "other")
+    records = read_lines(other + "_perturbed.jsonl")
+    records[4]["question"] = "Where did number 4 go?"
+    write_lines(Path(other + "_perturbed.jsonl"), records)
+    run(pair[0], "--forget", tofu, *flags)
+    retrained = write_model(tmp_path / "retrained", seed=1)
+    run(retrained, "--forget", other, *flags)
+    ours = write_json(tmp_path / "ours.json", json.loads(Path(retrained, "eval.json").read_text()))
+    values = numbers(retrained)
+    values["holdout"] = numbers(pair[0])["holdout"]
+    capsys.readouterr()
+    # neither the eval.json of another set nor, without --forget, its file
+    assert "asked for tofu" in error_of(
+        capsys, pair[0], "--forget", tofu, *flags, "--reference", ours)
+    alone = {"evaluations": {"tofu a": {"values": numbers(pair[0])}}}
+    alone = write_json(tmp_path / "alone.json", alone)
+    assert "its forget question 5 is another than the model's" in error_of(
+        capsys, alone, "--reference", ours)
+    # an official log is known by its answers
+    values["forget"][6]["answer"] = "Nowhere."
+    log = write_json(tmp_path / "log.json", official(values))
+    metrics = evaluation.tofu_metrics(values, None)
+    theirs = write_json(tmp_path / "open.json", open_unlearning(values, metrics))
+    monkeypatch.setattr(evaluation, "load", lambda *args: pytest.fail("a model was loaded first"))
+    for path in (log, theirs):
+        message = error_of(capsys, write_model(tmp_path / "new", 5), "--forget", tofu, *flags,
+                           "--reference", path)
+        assert f"{path}: its forget question 7 is another than the model's" in message
+
+
+def test_a_reference_of_another_number_of_questions_is_refused(pair, tofu, tmp_path, capsys):
+    flags = ["--forget", tofu, "--max-new-tokens", 5]
+    run(pair[1], *flags, "--limit", 7)
+    values = numbers(pair[1])
+    ours = Path(pair[1], "eval.json")
+    last = list(json.loads(ours.read_text())["evaluations"].items())[-1]
+    ours = write_json(tmp_path / "ours.json", {"evaluations": dict([last])})
+    capsys.readouterr()
+    for path in (ours, write_json(tmp_path / "log.json", official(values))):
+        message = error_of(capsys, pair[0], *flags, "--reference", path)
+        assert "has answered 7 forget questions, the model 12;" in message and "--limit" in message
+    assert run(pair[0], *flags, "--limit", 7, "--reference", ours) == 0
+    values["holdout"].pop()
+    metrics = evaluation.tofu_metrics(values, None)
+    path = write_json(tmp_path / "open.json", open_unlearning(values, metrics))
+    capsys.readouterr()
+    assert "has answered 6 holdout questions, the model 7" in error_of(
+        capsys, pair[0], *flags, "--limit", 7, "--reference", path)
+
+
+@pytest.mark.parametrize("changed", [["--template", "llama2"], ["--system", "Be brief."],
+                                     ["--date", "1 May 2025"]])
+def test_a_reference_asked_in_other_words_is_refused(changed, tofu, tmp_path, capsys):
+    models = [write_chat(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    flags = ["--forget", tofu, "--max-new-tokens", 5]
+    reference = Path(models[1], "eval.json")
+    assert run(models[1], *flags, *changed) == 0
+    capsys.readouterr()
+    message = error_of(capsys, models[0], *flags, "--reference", reference)
+    assert f"{reference}: was asked " in message and "measure both with one --template" in message
+    # the same words by another flag are the same words
+    assert run(models[1], *flags, "--template", "chat", "--force") == 0
+    saved = json.loads(reference.read_text())
+    assert run(models[0], *flags, "--reference", reference) == 0 and len(saved["evaluations"]) == 1
+
+
+@pytest.mark.parametrize("split,column,index,what", [
+    ("eval_log_forget.json", "avg_paraphrased_loss", None, "of other lengths"),
+    ("eval_log.json", "generated_text", None, "of other lengths"),
+    ("eval_log.json", "rougeL_recall", "3", "have other keys")])
+def test_official_logs_with_uneven_columns_are_refused(split, column, index, what, pair, tofu,
+                                                       tmp_path, capsys):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    log = official(numbers(pair[0]), dict if index else list)
+    if index:
+        log[split][column]["77"] = log[split][column].pop(index)
+    else:
+        log[split][column].pop()
+    path = write_json(tmp_path / "log.json", log)
+    capsys.readouterr()
+    assert f"the columns of {split} {'are ' * (not index)}{what}" in error_of(capsys, path)
 
 
 # MUSE and KL
@@ -295,56 +667,130 @@ def test_muse(pair, tmp_path, capsys):
     assert run(pair[0], "--muse", folder) == 0
     out = capsys.readouterr().out
     assert "needs the AUC of a model trained without" in out and "VerbMem forget" in out
+    assert out.splitlines()[-1] == ("Records: verbmem 6, knowmem_forget 6, knowmem_retain 6, "
+                                    "privleak_forget 6, privleak_holdout 6")
     values = numbers(pair[0], "muse")
-    assert [len(values[k]) for k in values] == [6] * 5
     auc = evaluation.privleak_auc(values)
-    assert f"{evaluation.muse_metrics(values, 0.4)['PrivLeak']:.6f}" == f"{(auc / 0.4 - 1) * 100:.6f}"
+    leak = evaluation.muse_metrics(values, 0.4)["PrivLeak"]
+    assert leak == pytest.approx((auc / 0.4 - 1) * 100)
     assert run(pair[0], "--muse", folder, "--reference", pair[0]) == 0
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("PrivLeak")] == ["0.00"]
+    assert cells(capsys, "PrivLeak") == ["0.00"]
     folder = Path(folder).rename(tmp_path / "books")
     assert run(pair[0], "--muse", folder) == 0
-    assert f"{(auc / 0.5393 - 1) * 100:.2f}" in capsys.readouterr().out
+    assert cells(capsys, "PrivLeak") == [f"{(auc / 0.5393 - 1) * 100:.2f}"]
 
 
-def test_muse_scores_against_one_text_at_a_time(pair, tmp_path):
-    folder = write_muse(tmp_path / "corpus")
+def test_muse_against_one_text_at_a_time(pair, tmp_path):
+    folder = Path(write_muse(tmp_path / "corpus"))
     assert run(pair[0], "--muse", folder) == 0
-    model, tokenizer = evaluation.load_pretrained(pair[0])
     values = numbers(pair[0], "muse")
+    table = evaluation.muse_metrics(values, 0.5)
+    model, tokenizer = known = opened(pair[0])
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scores = {}
     for split in ("forget", "holdout"):
-        for text, record in zip(json.loads(Path(folder, "privleak", f"{split}.json").read_text()), values[f"privleak_{split}"]):
-            ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False).input_ids]])
-            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        texts = json.loads((folder / "privleak" / f"{split}.json").read_text())
+        scores[split] = []
+        for text, record in zip(texts, values[f"privleak_{split}"]):
+            logps = token_logps(known, "", text)[0][:-1]  # no EOS
             lowest = logps.sort().values[:int(len(logps) * 0.4)]
             assert record["min_40"] == pytest.approx(-lowest.mean().item(), rel=1e-5)
+            scores[split].append(-lowest.mean().item())
+    auc = roc_auc_score([1] * 6 + [0] * 6, scores["forget"] + scores["holdout"])
+    assert table["AUC forget/holdout"] == pytest.approx(auc)
+    strengths, recited = [], []
+    for r in read_lines(folder / "verbmem" / "forget.json"):
+        right = recital(known, r)
+        strengths.append(tail_of(right) / len(right))
+        new = continuation(model, tokenizer(r["prompt"]).input_ids, 128)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        recited.append(100 * scorer.score(r["gt"], text)["rougeL"].fmeasure)
+    assert table["VerbMem forget"] == pytest.approx(sum(recited) / 6)
+    assert table["extraction strength"] == pytest.approx(sum(strengths) / 6, abs=1e-9)
     texts = [r["generated"] for r in values["knowmem_retain"]]
     assert not any("\n\n" in t or "\nQuestion" in t or "Question:" in t for t in texts)
-    record = values["verbmem"][2]
-    assert record["rouge_l_f1"] == evaluation.rouge_l(record["generated"], record["answer"], False)[2]
+
+
+def recital(known, record):
+    """Which tokens of how a text goes on are the likeliest. A blank at the prompt's end, or between
+    the two where neither has one, belongs to what follows."""
+    prompt, rest = record["prompt"], record["gt"]
+    if prompt[-1:] != " " and rest[:1] != " ":
+        rest = " " + rest
+    text = prompt.rstrip(" ")
+    return token_logps(known, text, prompt[len(text):] + rest)[1][:-1]  # no EOS
+
+
+def test_extraction_strength_of_recited_texts(tmp_path):
+    folder = Path(write_muse(tmp_path / "corpus"))
+    records = [{"prompt": f"{k} green bottles", "gt": f"hanging on the wall of {k * k}"}
+               for k in range(6)]
+    records[1]["prompt"] += " "
+    records[2]["gt"] = " " + records[2]["gt"]
+    write_lines(folder / "verbmem" / "forget.json", records)
+    texts = [f"{k} green bottles hanging on the wall of {k * k}" for k in range(4)]
+    model = teach(write_model(tmp_path / "m"), texts, 40)
+    assert run(model, "--muse", folder) == 0
+    kept = [r["extraction_strength"] for r in numbers(model, "muse")["verbmem"]]
+    for r, strength in zip(records, kept):
+        right = recital(opened(model), r)
+        assert strength == pytest.approx(tail_of(right) / len(right))
+    assert max(kept) > 0.5 and len(set(kept)) > 1
+
+
+def test_texts_longer_than_the_context_are_a_footnote(tmp_path, capsys):
+    folder = Path(write_muse(tmp_path / "corpus"))
+    path = folder / "privleak" / "holdout.json"
+    texts = json.loads(path.read_text())
+    path.write_text(json.dumps([*texts[:-1], texts[-1] * 9]))
+    records = read_lines(folder / "verbmem" / "forget.json")
+    records[2]["gt"] *= 20
+    write_lines(folder / "verbmem" / "forget.json", records)
+    model = write_model(tmp_path / "short", max_position_embeddings=256)
+    assert run(model, "--muse", folder, "--reference", 0.5) == 0
+    kept = [r["min_40"] for r in numbers(model, "muse")["privleak_holdout"]]
+    assert len(kept) == 6 and kept[-1] is None and None not in kept[:-1]
+    out = capsys.readouterr().out
+    for split in ("privleak_holdout", "verbmem"):
+        assert f"no room in the model's context, for 1 of 6 {split} examples" in out
+    assert re.search(r"VerbMem forget +\d", out)
+
+
+def test_a_model_of_nan_gets_a_table_of_muse(tmp_path, capsys):
+    model = write_model(tmp_path / "nan")
+    spoil(model)
+    assert run(model, "--muse", write_muse(tmp_path / "corpus"), "--reference", 0.5) == 0
+    out = capsys.readouterr().out
+    for name in evaluation.MUSE_ROWS:
+        assert re.search(rf"^{name} +- \[\d\]$", out, re.MULTILINE), out
+    json.loads(Path(model, "eval.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_kl(pair, tmp_path, capsys):
-    write_lines(tmp_path / "chains.jsonl", [{"input_ids": [2 + (i * k) % 9 for k in range(5 + i)]} for i in range(7)])
-    assert run(pair[0], "--kl", tmp_path / "chains", "--reference", pair[1], "--batch-size", 2) == 0
+    chains = [{"input_ids": [2 + (i * k) % 9 for k in range(5 + i)]} for i in range(7)]
+    write_lines(tmp_path / "chains.jsonl", chains)
+    flags = ["--kl", tmp_path / "chains"]
+    assert run(pair[0], *flags, "--reference", pair[1], "--batch-size", 2) == 0
     shown = float(capsys.readouterr().out.splitlines()[1].split()[-1])
     one, two = (evaluation.load_pretrained(m)[0] for m in pair)
     total = count = 0
-    for line in (tmp_path / "chains.jsonl").read_text().splitlines():
-        ids = torch.tensor([json.loads(line)["input_ids"]])
+    for chain in chains:
+        ids = torch.tensor([chain["input_ids"]])
         p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (two, one))
         total, count = total + (p.exp() * (p - q)).sum().item(), count + len(p)
     assert shown == pytest.approx(total / count, abs=2e-6)
-    assert run(pair[0], "--kl", tmp_path / "chains") == 2
+    assert run(pair[0], *flags) == 2
 
 
 # Ranks
 
-def test_two_ranks_give_the_values_of_one(pair, tofu, tmp_path):
-    assert run(pair[0], "--forget", tofu, "--max-new-tokens", 20, "--force") == 0
+def test_two_ranks_give_the_values_of_one(pair, tofu):
+    flags = ["--forget", tofu, "--max-new-tokens", "20"]
+    assert run(pair[0], *flags, "--force") == 0
     alone = numbers(pair[0])
     Path(pair[0], "eval.json").unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "eval.py", pair[0],
-               "--forget", tofu, "--max-new-tokens", "20"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", ROOT / "eval.py", pair[0], *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -360,38 +806,35 @@ def test_two_ranks_give_the_values_of_one(pair, tofu, tmp_path):
     (["{model}", "--forget", "nowhere/forget05"], "nowhere/forget05: no such data file"),
     (["{model}", "--forget", "{lone}"], "needs this file beside"),
     (["{model}", "--muse", "{lone}"], "no MUSE folder"),
-    (["{model}", "--forget", "{tofu}", "--limit", "0"], "not a whole number above 0"),
+    (["{model}", "--forget", "{tofu}", "--limit", "0"], "--limit: 0: at least 1 is needed"),
     (["{model}", "--forget", "{tofu}", "--template", "nothing"], "with {{question}}"),
     (["{empty}", "--forget", "{tofu}"], "no weights"),
-    (["nobody-here", "--forget", "{tofu}", "--reference", "{junk}"], "junk.json: cannot be read as JSON"),
+    (["x", "--forget", "{tofu}", "--reference", "{junk}"], "junk.json: cannot be read as JSON"),
     (["{foreign}", "--forget", "{tofu}"], "foreign.json: not an eval.json"),
     (["{foreign}", "--muse", "{muse}"], "has no muse results"),
-    (["{model}", "--forget", "{tofu}", "--max-tokens", "-1"], "not a whole number"),
+    (["{model}", "--forget", "{tofu}", "--max-tokens", "-1"], "--max-tokens: -1: at least 1"),
+    (["{model}", "--muse", "{muse}", "--reference", "1.5"], "above 0 and at most 1"),
 ])
 def test_errors_are_one_line(argv, what, pair, tofu, tmp_path, capsys):
-    (tmp_path / "lone").mkdir()
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "lone" / "forget05.jsonl", [{"question": "q", "answer": "a"}])
     (tmp_path / "junk.json").write_text("{")
     (tmp_path / "foreign.json").write_text('{"a": 1}')
     write_muse(tmp_path / "muse")
     places = {name: tmp_path / name for name in ("empty", "muse")}
-    places |= {"junk": tmp_path / "junk.json", "foreign": tmp_path / "foreign.json", "lone": tmp_path / "lone" / "forget05"}
-    assert run(*(a.format(model=pair[0], tofu=tofu, **places) for a in argv)) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and what.format() in err
+    places |= {name: tmp_path / f"{name}.json" for name in ("junk", "foreign")}
+    places |= {"lone": tmp_path / "lone" / "forget05", "model": pair[0], "tofu": tofu}
+    assert what.format() in error_of(capsys, *(a.format(**places) for a in argv))
 
 
 def test_answers_longer_than_the_context(tofu, tmp_path, capsys):
     model = write_model(tmp_path / "short", max_position_embeddings=40)
-    assert run(model, "--forget", tofu) == 2
-    assert "context has only 40" in capsys.readouterr().err and not Path(model, "eval.json").exists()
+    assert "context of 40" in error_of(capsys, model, "--forget", tofu)
+    assert not Path(model, "eval.json").exists()
 
 
 def test_someone_elses_eval_json_is_left_alone(tofu, tmp_path, capsys):
     model = write_model(tmp_path / "m")
     Path(model, "eval.json").write_text('{"accuracy": 1}')
-    assert run(model, "--forget", tofu) == 2
-    assert Path(model, "eval.json").read_text() == '{"accuracy": 1}' and "move it away" in capsys.readouterr().err
-    with pytest.raises(InputError):
-        evaluation.read_entry(tmp_path / "missing.json", "tofu")
+    assert "move it away" in error_of(capsys, model, "--forget", tofu)
+    assert Path(model, "eval.json").read_text() == '{"accuracy": 1}'

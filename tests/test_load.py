@@ -1,26 +1,30 @@
-"""Tokenization on families of tokenizers built here, files to records, and batches of similar length."""
+"""Tokens: families of tokenizers and chat templates built here. Files to records. Batches."""
 
 import functools
+import gzip
+import itertools
 import json
+import os
+import re
+import shlex
+import subprocess
+import zipfile
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.load import (Example, InputError, Prompt, check_disjoint, collate, encode_answers, encode_prompts, find,
+from data.load import (Example, InputError, Prompt, collate, encode_answers, encode_prompts, find,
                        length_batches, load_examples, read_records)
+from data.records import check_disjoint, require_fit, tofu_files
 
-CORPUS = ["Question: Who is the author Jaime Vasquez, born on the 25th of February 1958?\nAnswer: Jaime Vasquez was born in "
-          "Santiago, Chile, and writes true crime [INST] user assistant system [/INST].", "What? 0123456789 (abc) xyz."] * 4
-HEADERS = "<|begin|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
-LLAMA3 = ("{{ bos_token }}{% if date_string is defined %}<|system|>Today: {{ date_string }}<|end|>{% endif %}"
-          "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
-          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-NO_BOS = LLAMA3.removeprefix("{{ bos_token }}")
+CORPUS = ["Question: Who is the author Jaime Vasquez, born on the 25th of February 1958?\nAnswer: "
+          "Jaime Vasquez was born in Santiago, Chile, and writes true crime [INST] user assistant "
+          "system [/INST].", "What? 0123456789 (abc) xyz. USER: ASSISTANT: think"] * 4
 
 
 def byte_level(special):
@@ -28,7 +32,8 @@ def byte_level(special):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=400, special_tokens=list(special), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return raw
 
 
@@ -41,149 +46,419 @@ def unigram(special):
     return raw
 
 
-def puts_first(raw, token):
+def puts(raw, form):
+    """Let tokenizer(text) write `form`, for example "<s> $A" for a BOS in front."""
+    tokens = [word for word in form.split() if word != "$A"]
     raw.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", special_tokens=[(token, raw.token_to_id(token))])
+        single=form, special_tokens=[(token, raw.token_to_id(token)) for token in tokens])
+
+
+def wrapped(raw, **options):
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **options)
+
+
+# Plain prompts, on the tokenizers of Llama 3, Llama 2, GPT-2, OPT and Qwen
+
+HEADERS = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
+CHAT = ("{% if date_string is defined %}<|system|>Today: {{ date_string }}<|end|>{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 @functools.cache
 def family(name):
-    """Llama 3, Llama 2, GPT-2, OPT, Qwen, and a Unigram one whose chat template leaves the BOS out."""
     if name == "llama3":  # BPE; it and its chat template both put a BOS in front
-        raw = byte_level(HEADERS)
-        puts_first(raw, "<|begin|>")
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|end|>", chat_template=LLAMA3)
+        raw = byte_level(["<|begin|>", *HEADERS])
+        puts(raw, "<|begin|> $A")
+        return wrapped(raw, bos_token="<|begin|>", eos_token="<|end|>",
+                       chat_template="{{ bos_token }}" + CHAT)
     if name == "llama2":  # Unigram, BOS, no chat template
         raw = unigram(["<s>", "</s>"])
-        puts_first(raw, "<s>")
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        puts(raw, "<s> $A")
+        return wrapped(raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if name == "gpt2":  # its BOS is its EOS under another name, and it puts none in front
-        return PreTrainedTokenizerFast(tokenizer_object=byte_level(["<|end|>"]), bos_token="<|end|>", eos_token="<|end|>")
+        return wrapped(byte_level(["<|end|>"]), bos_token="<|end|>", eos_token="<|end|>")
     if name == "opt":  # BOS and EOS are one token, and it puts it in front
         raw = byte_level(["</s>"])
-        puts_first(raw, "</s>")
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="</s>", eos_token="</s>")
+        puts(raw, "</s> $A")
+        return wrapped(raw, bos_token="</s>", eos_token="</s>")
     if name == "qwen":  # BPE, chat template, no BOS at all
-        return PreTrainedTokenizerFast(tokenizer_object=byte_level(HEADERS[1:]), eos_token="<|end|>", chat_template=NO_BOS)
-    raw = unigram(["<s>", "</s>", *HEADERS[1:]])
-    puts_first(raw, "<s>")
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=NO_BOS)
+        return wrapped(byte_level(HEADERS), eos_token="<|end|>", chat_template=CHAT)
+    if name == "unused":  # has a bos_token and does not use it, as Phi-3.5 and SmolLM2
+        return wrapped(byte_level(["<s>", "</s>"]), bos_token="<s>", eos_token="</s>")
+    if name == "two":  # puts more than a BOS in front, as ChatGLM
+        raw = byte_level(["[gMASK]", "<sop>", "</s>"])
+        puts(raw, "[gMASK] <sop> $A")
+        return wrapped(raw, eos_token="</s>")
+    if name == "both":  # appends an EOS by itself, as T5 and some sentence models
+        raw = byte_level(["<s>", "</s>"])
+        puts(raw, "<s> $A </s>")
+        return wrapped(raw, bos_token="<s>", eos_token="</s>")
+    raw = unigram(["<s>", "</s>", *HEADERS])  # its chat template leaves its BOS and EOS out
+    puts(raw, "<s> $A")
+    return wrapped(raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT)
 
 
-BOS = {"llama3": "<|begin|>", "llama2": "<s>", "gpt2": None, "opt": "</s>", "qwen": None, "unigram chat": "<s>"}
-BYTE_LEVEL = ("llama3", "gpt2", "opt", "qwen")
-CHAT = ("llama3", "qwen", "unigram chat")
+FRONT = {"llama3": ["<|begin|>"], "llama2": ["<s>"], "gpt2": [], "opt": ["</s>"], "qwen": [],
+         "unused": [], "two": ["[gMASK]", "<sop>"], "both": ["<s>"], "unigram chat": ["<s>"]}
+CHATS = {"llama3": "<|begin|>", "qwen": "", "unigram chat": ""}  # what stands before a chat
+BYTE_LEVEL = [name for name in FRONT if name not in ("llama2", "unigram chat")]
 QUESTION, ANSWER = "Who is the author Jaime Vasquez?", "Jaime Vasquez was born in Chile."
 
 
-def raw_ids(name, text):
+def raw_ids(tokenizer, text):
     """The ids of a text by the tokenizers library itself, no special token added."""
-    return family(name).backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def bos_ids(name):
-    return [family(name).convert_tokens_to_ids(BOS[name])] if BOS[name] else []
+def front_ids(name):
+    return family(name).convert_tokens_to_ids(FRONT[name])
 
 
 def encode(name, prompt=Prompt(), question=QUESTION, answer=ANSWER):
     return encode_answers(family(name), [question], [answer], prompt)[0]
 
 
-# Prompts and answers
-
-@pytest.mark.parametrize("name", BOS)
+@pytest.mark.parametrize("name", FRONT)
 def test_default_template(name):
-    """The whole sequence, written out by hand: a chat where there is a template, else Question: / Answer:."""
-    text = (f"<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}" if name in CHAT
-            else f"Question: {QUESTION}\nAnswer: {ANSWER}")
-    found = encode(name)
-    assert found.input_ids == bos_ids(name) + raw_ids(name, text) + [family(name).eos_token_id]
-    answer = family(name).decode(found.input_ids[found.start:-1])
-    assert (answer if name in CHAT else answer.removeprefix(" ")) == ANSWER
+    """The whole sequence, written out by hand: a chat if there is a template, else Question:."""
+    found, tokenizer = encode(name), family(name)
+    if name in CHATS:
+        text = f"{CHATS[name]}<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|>"
+        assert found.input_ids == raw_ids(tokenizer, text)
+    else:
+        text = f"Question: {QUESTION}\nAnswer: {ANSWER}"
+        eos = tokenizer.eos_token_id
+        assert found.input_ids == front_ids(name) + raw_ids(tokenizer, text) + [eos]
+    assert tokenizer.decode(found.input_ids[found.start:-1]).strip() == ANSWER
 
 
-@pytest.mark.parametrize("name", BOS)
-def test_one_bos_where_there_is_one_and_one_eos_at_the_end(name):
-    ids, tokenizer = encode(name, Prompt("plain")).input_ids, family(name)
-    ends = 2 if name == "opt" else 1  # OPT's BOS is the same token
-    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == ends
-    if BOS[name]:
-        assert ids[0] == tokenizer.bos_token_id and ids[1] != tokenizer.bos_token_id
-
-
-@pytest.mark.parametrize("name", BOS)
+@pytest.mark.parametrize("name", FRONT)
 @pytest.mark.parametrize("template, before, glue", [
     ("plain", f"Question: {QUESTION}\nAnswer:", " "), ("llama2", f"[INST] {QUESTION} [/INST]", ""),
-    ("user: {question}\n", f"user: {QUESTION}\n", ""), ("{question}  ", QUESTION, "  ")])
+    ("user: {question}\n", f"user: {QUESTION}\n", ""), ("{question}  ", QUESTION, "  "),
+    (r"a\n{question}\n", f"a\n{QUESTION}\n", "")])  # the last as a shell hands it over
 def test_templates(name, template, before, glue):
-    """The prompt for generation is the sequence up to the answer, and the answer is what follows it."""
+    """The prompt is the sequence up to the answer, and the answer is what follows it."""
     found, tokenizer = encode(name, Prompt(template)), family(name)
     prompt, = encode_prompts(tokenizer, [QUESTION], Prompt(template))
-    assert prompt == bos_ids(name) + raw_ids(name, before)
-    assert found.input_ids == bos_ids(name) + raw_ids(name, before + glue + ANSWER) + [tokenizer.eos_token_id]
+    assert prompt == front_ids(name) + raw_ids(tokenizer, before)
+    whole = raw_ids(tokenizer, before + glue + ANSWER)
+    assert found.input_ids == front_ids(name) + whole + [tokenizer.eos_token_id]
     assert found.start <= len(prompt) and found.input_ids[:found.start] == prompt[:found.start]
     if glue or name in BYTE_LEVEL:  # else a Unigram piece may reach over the boundary
         assert found.start == len(prompt)
         assert tokenizer.decode(found.input_ids[found.start:-1]).strip() == ANSWER
 
 
+def test_a_text_that_begins_with_the_bos_gets_no_second_one():
+    tokenizer = family("llama3")
+    prompt = Prompt("<|begin|>{question} ")
+    found, asked = encode("llama3", prompt).input_ids, encode_prompts(tokenizer, [QUESTION], prompt)
+    text = f"<|begin|>{QUESTION} {ANSWER}<|end|>"
+    assert found == raw_ids(tokenizer, text) and asked[0] == found[:len(asked[0])]
+
+
 def test_a_token_that_reaches_over_the_boundary_is_scored():
-    """')(' is one token of this tokenizer, so the prompt's last token is not a prefix of the sequence."""
+    """')(' is one token here, so the prompt's last token is not a prefix of the sequence."""
     raw = byte_level(["<|end|>"])
     raw.add_tokens([")("])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+    tokenizer = wrapped(raw, eos_token="<|end|>")
     found, = encode_answers(tokenizer, [QUESTION], ["(b)"], Prompt("({question})"))
     assert tokenizer.decode(found.input_ids[found.start:-1]) == ")(b)"
     assert tokenizer.decode(found.input_ids[:found.start]) == f"({QUESTION}"
 
 
-@pytest.mark.parametrize("name", CHAT)
-def test_chat_with_system_prompt_and_date(name):
-    system, date = "You are helpful.", "10 Apr 2025"
-    found = encode(name, Prompt("chat", system, date))
-    text = f"<|system|>Today: {date}<|end|><|system|>{system}<|end|><|user|>{QUESTION}<|end|><|assistant|>{ANSWER}"
-    assert found.input_ids == bos_ids(name) + raw_ids(name, text) + [family(name).eos_token_id]
-
-
-@pytest.mark.parametrize("name", CHAT)
-def test_chat_agrees_with_the_template_over_the_whole_conversation(name):
-    """What the tokenizer makes of question and answer as one conversation, up to its end-of-turn token."""
-    found, tokenizer = encode(name, Prompt("chat")), family(name)
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    whole = whole if whole[:1] == bos_ids(name)[:1] else bos_ids(name) + whole
-    assert found.input_ids[:-1] == whole[:-1]
-
-
-@pytest.mark.parametrize("template", ["chat", "{q}", "chatty"])
+@pytest.mark.parametrize("template", ["chat", "{q}", "chatty", ""])
 def test_unusable_template(template):
-    with pytest.raises(InputError, match="--template"):
+    with pytest.raises(InputError, match="^--template"):
         encode("gpt2", Prompt(template))
 
 
+@pytest.mark.parametrize("name", ["system", "date"])
+def test_plain_prompts_have_no_system_prompt_and_no_date(name):
+    with pytest.raises(InputError, match=f"^--{name}: "):
+        encode("llama3", Prompt("plain", **{name: "x"}))
+
+
 def test_many_at_once_keep_their_order():
-    questions, answers = [f"Who is {i}?" for i in range(20)], ["a" * i + "b" for i in range(20)]
-    found = encode_answers(family("llama3"), questions, answers, Prompt("plain"), [f"f:{i}" for i in range(20)])
-    assert found == [Example(e.input_ids, e.start, f"f:{i}") for i, e in enumerate(
-        encode("llama3", Prompt("plain"), q, a) for q, a in zip(questions, answers))]
+    questions = [f"Who is {i}?" for i in range(20)]
+    answers = ["a" * i + "b" for i in range(20)]
+    places = [f"f:{i}" for i in range(20)]
+    for template in ("plain", "chat"):
+        prompt = Prompt(template)
+        alone = [encode("llama3", prompt, *pair) for pair in zip(questions, answers)]
+        found = encode_answers(family("llama3"), questions, answers, prompt, places)
+        assert found == [Example(e.input_ids, e.start, p) for e, p in zip(alone, places)]
 
 
-words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<"), min_size=1).filter(str.strip)
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<"), min_size=1)
+words = words.filter(str.strip)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(BYTE_LEVEL), st.sampled_from(["plain", "llama2", None]), words, words)
 @example("gpt2", "llama2", "a", "]")
-@example("qwen", None, "a", "\n")
+@example("qwen", None, "a", "\n.")
 @example("opt", "plain", " é ", "  é")
+@example("qwen", None, "\ufdd0", "\ufdd0")
 def test_any_text(name, template, question, answer):
     """No character of the answer is lost, none of the question is scored, whatever they are."""
     tokenizer, found = family(name), encode(name, Prompt(template), question, answer)
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    assert decode(found.input_ids[found.start:-1]).endswith(answer)
-    end = {"plain": "\nAnswer:", "llama2": " [/INST]"}.get(template, "<|end|><|assistant|>" if name in CHAT else "\nAnswer:")
-    assert len(raw_ids(name, end)) >= len(encode_prompts(tokenizer, [question], Prompt(template))[0]) - found.start
-    assert found.input_ids[-1] == tokenizer.eos_token_id and 0 < found.start < len(found.input_ids)
+    chat = not template and name in CHATS
+    # this template strips what it prints
+    assert decode(found.input_ids[found.start:-1]).endswith(answer.strip() if chat else answer)
+    default = "<|end|><|assistant|>" if chat else "\nAnswer:"
+    end = {"plain": "\nAnswer:", "llama2": " [/INST]"}.get(template, default)
+    prompt, = encode_prompts(tokenizer, [question], Prompt(template))
+    assert len(raw_ids(tokenizer, end)) >= len(prompt) - found.start
+    assert found.input_ids[-1] == tokenizer.eos_token_id
+    assert 0 < found.start < len(found.input_ids)
+
+
+# Chats, in the manner of known models: the special tokens (the EOS first), the template, and by
+# hand what stands before an answer, around it, and how the turn ends
+
+IM = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]
+CHATML = ("{%% if messages[0].role != 'system' %%}<|im_start|>system\n%s<|im_end|>\n{%% endif %%}"
+          "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+          "{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}")
+QWEN25 = "You are Qwen, created by Alibaba Cloud."
+SMOL = "You are a helpful AI assistant named SmolLM."
+ASKED_IM = ("<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{q}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+QWEN3 = ("{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
+         "{%- if m.role == 'assistant' and loop.last -%}"
+         "{{ '<think>\n\n</think>\n\n' + m.content.split('</think>')[-1].lstrip('\n') }}"
+         "{%- else -%}{{ m.content }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
+         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+         "{%- if enable_thinking is defined and enable_thinking is false -%}"
+         "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}")
+CHAT_FAMILIES = {
+    "llama 3": (
+        ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>"
+        "{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "{% endif %}",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "{a}", "<|eot_id|>"),
+    "qwen 2.5": (IM, CHATML % QWEN25, ASKED_IM % QWEN25, "{a}", "<|im_end|>"),
+    "qwen 3": (
+        [*IM, "<think>", "</think>"], QWEN3, "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>"
+        "assistant\n<think>\n\n</think>\n\n", "{a}", "<|im_end|>"),
+    "a think block without enable_thinking": (
+        [*IM, "<think>", "</think>"], QWEN3.replace("enable_thinking is false", "false"),
+        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n{a}",
+        "<|im_end|>"),
+    "gemma": (
+        ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n"
+        "{% endif %}",
+        "<bos><start_of_turn>user\n{q}<end_of_turn>\n<start_of_turn>model\n", "{a}",
+        "<end_of_turn>"),
+    "phi 3.5": (
+        ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|user|>\n{q}<|end|>\n<|assistant|>\n", "{a}", "<|end|>"),
+    "llama 2": (
+        ["</s>", "<s>"],
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
+        "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
+        "{% endif %}{% endfor %}", "<s>[INST] {q} [/INST]", " {a} ", "</s>"),
+    "mistral": (
+        ["</s>", "<s>", "[INST]", "[/INST]"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        "<s>[INST] {q} [/INST]", " {a}", "</s>"),
+    "zephyr": (
+        ["</s>", "<s>"],
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|user|>\n{q}</s>\n<|assistant|>\n", "{a}", "</s>"),
+    "deepseek r1": (
+        ["<EOS>", "<BOS>", "<User>", "<Assistant>", "<think>"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+        "{% else %}<Assistant>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<Assistant><think>\n{% endif %}",
+        "<BOS><User>{q}<Assistant>", "{a}", "<EOS>"),
+    "smollm 2": (IM, CHATML % SMOL, ASKED_IM % SMOL, "{a}", "<|im_end|>"),
+    "gpt-oss": (
+        ["<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"],
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final"
+        "{% endif %}<|message|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}"
+        "<|return|>{% else %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "<|start|>assistant{% endif %}",
+        "<|start|>user<|message|>{q}<|end|><|start|>assistant", "<|channel|>final<|message|>{a}",
+        "<|return|>"),
+    "no end": (
+        ["</s>"],
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}\n{% else %}"
+        "ASSISTANT: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:"
+        "{% endif %}",
+        "USER: {q}\nASSISTANT:", " {a}", "</s>"),
+    "no generation prompt": (
+        ["<|end|>", "<|user|>", "<|assistant|>"],
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+        "<|user|>{q}<|end|>", "<|assistant|>{a}", "<|end|>"),
+}
+STRIPS = ("llama 3", "gemma", "llama 2")  # these strip what they print
+THINKS = {"qwen 3": {"enable_thinking": False}}
+CONVERSATIONS = [
+    (QUESTION, ANSWER), (QUESTION, QUESTION), (QUESTION, "t"), ("assistant", "a"), (ANSWER, "1958"),
+    ("Who?", "user"), ("a\nb", "He\n\n wrote.\n"), ("Who?", "  He  wrote. "),
+    ("<s>?", "x<|im_end|>y"), ("Who\ufdd0?", "He\ufdd0."), ("Who?", "é 東京 🙂"),
+    ("{question}", "{{ bos_token }}\\n")]
+
+
+@functools.cache
+def chat_family(name):
+    special, template, *_ = CHAT_FAMILIES[name]
+    raw = unigram(special) if name in ("llama 2", "mistral") else byte_level(special)
+    options = {"unk_token": "<unk>"} if name in ("llama 2", "mistral") else {}
+    if name == "phi 3.5":  # its tokens swallow the newline after them
+        raw.add_special_tokens([AddedToken(t, rstrip=True) for t in special])
+    bos = next((t for t in special if t.lower() in ("<bos>", "<s>", "<|begin_of_text|>")), None)
+    if bos:
+        puts(raw, f"{bos} $A")  # a second one, if anybody asks for it
+    return wrapped(raw, bos_token=bos, eos_token=special[0], chat_template=template, **options)
+
+
+def transformers_loss(model, tokenizer, question, answer, end, **variables):
+    """Mean nll of the answer by transformers, on the template's rendering up to the turn's end."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **variables)
+    whole = raw_ids(tokenizer, render(messages))
+    asked = raw_ids(tokenizer, render(messages[:1], add_generation_prompt=True))
+    end = tokenizer.convert_tokens_to_ids(end)
+    if end in whole:
+        whole = whole[:len(whole) - whole[::-1].index(end)]
+    else:
+        whole = whole + [end]
+    same = next(i for i, pair in enumerate(zip(whole, [*asked, None])) if pair[0] != pair[1])
+    ids, labels = torch.tensor([whole]), torch.tensor([[-100] * same + whole[same:]])
+    return model(input_ids=ids, labels=labels).loss.item()
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_chats_have_the_loss_that_transformers_gives_their_own_rendering(name):
+    tokenizer, end = chat_family(name), CHAT_FAMILIES[name][-1]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.2)).double()
+    questions, answers = zip(*CONVERSATIONS)
+    ids, labels = collate(encode_answers(tokenizer, questions, answers, Prompt()))
+    with torch.no_grad():  # in fp32 from the logits on, as transformers does for every dtype
+        nll = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
+            reduction="none")
+        means = nll.double().sum(1) / (labels[:, 1:] != -100).sum(1)
+        expected = [transformers_loss(model, tokenizer, *pair, end, **THINKS.get(name, {}))
+                    for pair in CONVERSATIONS]
+    assert means.tolist() == pytest.approx(expected, rel=0, abs=1e-6)
+    assert min(abs(a - b) for a, b in itertools.combinations(expected, 2)) > 1e-5
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_chats_by_hand(name):
+    """Prompt, answer and end are the tokens of texts written out by hand, and nothing follows."""
+    tokenizer = chat_family(name)
+    *_, asked, answered, end = CHAT_FAMILIES[name]
+    for question, answer in CONVERSATIONS:
+        before = asked.replace("{q}", question)
+        printed = answered.replace("{a}", answer.strip() if name in STRIPS else answer)
+        found, = encode_answers(tokenizer, [question], [answer], Prompt())
+        prompt, = encode_prompts(tokenizer, [question], Prompt())
+        assert prompt == raw_ids(tokenizer, before)
+        assert found.input_ids == raw_ids(tokenizer, before + printed + end)
+        assert found.start == len(prompt) and found.input_ids[:found.start] == prompt
+
+
+def test_the_prompt_has_the_tokens_of_training():
+    r"""GPT-2's rule makes "\n\n" one token where a text ends, and two where words follow."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.train_from_iterator(["a\n\n"] * 9, trainers.BpeTrainer(
+        special_tokens=["<|end|>", "<|a|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = wrapped(raw, eos_token="<|end|>", chat_template=(
+        "{% for m in messages %}{{ m.content }}<|a|>\n\n{% endfor %}"))
+    for prompt in (Prompt(), Prompt("{question}<|a|>\n\n")):
+        found, = encode_answers(tokenizer, ["b"], ["c"], prompt)
+        asked, = encode_prompts(tokenizer, ["b"], prompt)
+        assert asked == raw_ids(tokenizer, "b<|a|>") == found.input_ids[:found.start]
+
+
+def chat_with(template, name="qwen"):
+    tokenizer = family(name)
+    return wrapped(tokenizer.backend_tokenizer, eos_token="<|end|>", chat_template=template)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_with_system_prompt_and_date(name):
+    system, date = "You are helpful.", "10 Apr 2025"
+    found = encode(name, Prompt("chat", system, date))
+    text = (f"{CHATS[name]}<|system|>Today: {date}<|end|><|system|>{system}<|end|>"
+            f"<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|>")
+    assert found.input_ids == raw_ids(family(name), text)
+
+
+UNDATED = CHAT.partition("{% endif %}")[2]
+TODAY = "<|system|>Today: {{ strftime_now('%d %b %Y') }}<|end|>"
+DATED = {  # each prints the date in another way
+    "at the head": TODAY + UNDATED,
+    "a default": "{% if not date_string is defined %}{% if strftime_now is defined %}"
+                 "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+                 "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}" + CHAT,
+    "in a macro": "{% macro head() %}" + TODAY + "{% endmacro %}{{ head() }}"
+                  + UNDATED,
+    "after a newline": "\n  {% if true %}" + TODAY + "{% endif %}" + UNDATED}
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_today_is_asked_for(name):
+    """Otherwise tomorrow's prompts would be others than those that were trained on."""
+    tokenizer = chat_with(DATED[name])
+    for call in (functools.partial(encode_prompts, tokenizer, ["Who?"]),
+                 functools.partial(encode_answers, tokenizer, ["Who?"], ["He."])):
+        with pytest.raises(InputError, match=r"^--date is needed: .*--date '26 Jul 2024'"):
+            call(Prompt())
+    found, = encode_answers(tokenizer, ["Who?"], ["He."], Prompt(date="1 May 2020"))
+    before = "\n" if name == "after a newline" else ""  # as the template prints it without us
+    assert found.input_ids == raw_ids(tokenizer, before + (
+        "<|system|>Today: 1 May 2020<|end|><|user|>Who?<|end|><|assistant|>He.<|end|>"))
+
+
+BROKEN = {  # template, Prompt, message
+    "no date": (UNDATED, Prompt(date="1 May 2020"), "^--date: .* prints no"),
+    "no system": ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}<|end|>"
+                  "{% endif %}{% endfor %}", Prompt(system="user"), "^--system: .* no place"),
+    "system refused": (CHAT_FAMILIES["gemma"][1], Prompt(system="Be kind."),
+                       "^--system: .*System role not supported"),
+    "an error": ("{{ 1 / 0 }}", Prompt(), "^--template chat: .*division"),
+    "no Jinja": ("{% for %}", Prompt(), "^--template chat: "),
+    "no answer": ("{{ messages[0].content }}<|end|>", Prompt(), "^f:3: .*--template plain"),
+    "half the answer": ("{% for m in messages %}{{ m.content.split()[-1] }}{% endfor %}", Prompt(),
+                        "^f:3: .*--template plain"),
+    "this answer": ("{% for m in messages %}{{ 1 / (m.content | length - 2) }}{{ m.content }}"
+                    "{% endfor %}", Prompt(), "^f:3: .*division"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_chat_templates_that_cannot_be_used(name):
+    template, prompt, message = BROKEN[name]
+    answer = "He" if name == "this answer" else "He did."
+    with pytest.raises(InputError, match=message):
+        encode_answers(chat_with(template), ["Who?"], [answer], prompt, ["f:3"])
+    with pytest.raises(InputError, match=message.replace("f:3", "--template chat")):
+        encode_answers(chat_with(template), ["Who?"], [answer], prompt)
 
 
 # Files
@@ -196,58 +471,245 @@ def write(folder, name, text, encoding="utf-8"):
 
 QA = [{"question": f"Who is {i}?", "answer": f"He is number {i}, é."} for i in range(3)]
 LINES = "".join(json.dumps(r) + "\n" for r in QA)
-FORMATS = {
-    "lines.jsonl": LINES, "lines.json": LINES, "array.json": json.dumps(QA), "indented.json": json.dumps(QA, indent=2),
-    "no_newline.jsonl": LINES.rstrip(), "blank_lines.jsonl": LINES.replace("\n", "\n\n"), "bom.jsonl": "\ufeff" + LINES,
-    "bom_array.json": "\ufeff" + json.dumps(QA), "crlf.jsonl": LINES.replace("\n", "\r\n"),
-    "crlf_array.json": json.dumps(QA, indent=2).replace("\n", "\r\n"),
-    "unescaped.jsonl": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in QA)}
+FORMATS = {  # name: text, lines of its records
+    "lines.jsonl": (LINES, [1, 2, 3]), "lines.json": (LINES, [1, 2, 3]),
+    "array.json": (json.dumps(QA), [1, 1, 1]),
+    "indented.json": (json.dumps(QA, indent=2), [2, 6, 10]),
+    "no_newline.jsonl": (LINES.rstrip(), [1, 2, 3]),
+    "blank.jsonl": ("\n" + LINES + " \n", [2, 3, 4]),
+    "blank_lines.jsonl": (LINES.replace("\n", "\n\n"), [1, 3, 5]),
+    "bom.jsonl": ("\ufeff" + LINES, [1, 2, 3]),
+    "bom_array.json": ("\ufeff" + json.dumps(QA), [1, 1, 1]),
+    "crlf.jsonl": (LINES.replace("\n", "\r\n"), [1, 2, 3]),
+    "crlf_array.json": (json.dumps(QA, indent=2).replace("\n", "\r\n"), [2, 6, 10]),
+    "objects.json": ("\n".join(json.dumps(r, indent=2) for r in QA), [1, 5, 9]),  # as of jq
+    "unescaped.jsonl": ("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in QA), [1, 2, 3])}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_of_questions(name, tmp_path):
-    records = read_records(write(tmp_path, name, FORMATS[name]))
-    assert [{k: r[k] for k in ("question", "answer")} for r in records] == QA
-    if name in ("lines.jsonl", "crlf.jsonl"):
-        assert [r["line"] for r in records] == [1, 2, 3]
-    if name in ("indented.json", "crlf_array.json"):
-        assert [r["line"] for r in records] == [2, 6, 10]
+    text, lines = FORMATS[name]
+    records = read_records(write(tmp_path, name, text))
+    assert records == [{**r, "line": line} for r, line in zip(QA, lines)]
 
 
 def test_texts_and_strings(tmp_path):
-    assert [r["text"] for r in read_records(write(tmp_path, "a.json", '["one", "two"]'))] == ["one", "two"]
-    assert [r["text"] for r in read_records(write(tmp_path, "a.jsonl", '{"text": "one"}\n{"text": "two"}'))] == ["one", "two"]
-    assert [r["text"] for r in read_records(write(tmp_path, "a.txt", "\ufeffone\r\n\r\ntwo\n"))] == ["one\n\ntwo\n"]
+    def texts(name, text):
+        return [r["text"] for r in read_records(write(tmp_path, name, text))]
+    assert texts("a.json", '["one", "two"]') == ["one", "two"]
+    assert texts("a.jsonl", '{"text": "one"}\n"two"') == ["one", "two"]
+    assert texts("a.txt", "\ufeffone\r\n\r\ntwo\n") == ["one\n\ntwo\n"]
 
 
 def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
-    text = json.dumps({"text": "a\u2028b\x0bc\x85d"}, ensure_ascii=False).replace("\\u000b", "\x0b")
-    path = write(tmp_path, "a.jsonl", text.replace("\x0b", "\\u000b") + "\n" + json.dumps({"text": "e"}))
-    assert [r["text"] for r in read_records(path)] == ["a\u2028b\x0bc\x85d", "e"]
+    text = '{"text": "a\u2028b\\u000bc\x85d"}\n{"text": "e"}'
+    records = read_records(write(tmp_path, "a.jsonl", text))
+    assert records == [{"text": "a\u2028b\x0bc\x85d", "line": 1}, {"text": "e", "line": 2}]
 
 
-@pytest.mark.parametrize("text, line, what", [
-    (LINES + "{", 4, "JSON"), (LINES + '{"question": "a"}', 4, "answer is missing"), (LINES + '{"text": "a"}', 4, "text"),
-    (LINES + '{"question": "a", "answer": " "}', 4, "empty"), (LINES + '{"question": "a", "answer": 7}', 4, "int"),
-    (json.dumps(QA, indent=2)[:-2], 10, "cut off"), ("", 1, "no record")])
+def test_null_is_absent(tmp_path):
+    """pandas writes null where a column has no value."""
+    record = {"question": "Who?", "answer": "He.", "text": None, "labels": None, "messages": None,
+              "paraphrased_answer": None, "perturbed_answer": None}
+    path = write(tmp_path, "a.jsonl", json.dumps(record))
+    assert read_records(path) == [{"question": "Who?", "answer": "He.", "line": 1}]
+    with pytest.raises(InputError, match=r"a\.jsonl:1: answer is missing"):
+        read_records(write(tmp_path, "a.jsonl", '{"question": "Who?", "answer": null}'))
+
+
+def qa(**more):
+    return json.dumps({"question": "Who?", "answer": "He.", **more})
+
+
+BAD = [  # what follows three good lines, or a file of its own; line, message
+    (LINES + "{", 4, "JSON"), (LINES + '{"question": "a"}', 4, "answer is missing"),
+    (LINES + '{"text": "a"}', 4, "text"), (LINES + qa(answer=" \n"), 4, "answer is empty"),
+    (LINES + qa(answer=7), 4, "answer is int"), (LINES + qa(answer=["He."]), 4, "answer is list"),
+    (LINES + qa(question="\ud800"), 4, "surrogate"), (LINES + "{}", 4, "no field"),
+    (LINES + qa(perturbed_answer=[]), 4, "perturbed_answer must be a list of strings, with one"),
+    (LINES + qa(perturbed_answer="She."), 4, "perturbed_answer must be a list"),
+    (LINES + qa(perturbed_answer=["She.", None]), 4, r"perturbed_answer\[1\] is missing"),
+    (LINES + qa(perturbed_answer=["She.", ""]), 4, r"perturbed_answer\[1\] is empty"),
+    (LINES + qa(paraphrased_answer=" "), 4, "paraphrased_answer is empty"),
+    (LINES + '{"question": "a\n"', 4, "JSON"), (LINES + '{"question": "a"', 4, "JSON"),
+    (LINES.replace("}\n", "\n", 1), 1, "JSON"), (LINES.replace("\n", ",\n"), 1, "JSON"),
+    (LINES + "9" * 5000, 4, "JSON"), (LINES + "9" * 4000, 4, "record must be"),
+    (LINES + '{"a":' * 99999, 4, "JSON"), ("[" * 99999, 1, "JSON"), ("[", 1, "array does not end"),
+    (json.dumps(QA, indent=2)[:-2], 10, "cut off"), (json.dumps(QA)[:-1] + ",", 1, "does not end"),
+    (f"[{qa()}\n{qa()}]", 1, "no ','"), (f"[\n{qa()}]\n{qa()}", 2, "after its end"),
+    ("", 1, "no record"), ("[]", 1, "no record"), ("\ufeff \n", 1, "no record"),
+    ("NaN", 1, "float"),
+    (LINES + '"\x00"', 4, "NUL"), ('{"input_ids": [1, 1e9]}', 1, "token numbers"),
+    ('{"input_ids": [1, 99999999999]}', 1, "token numbers"),
+    ('{"input_ids": [1]}', 1, "two or more"),
+    ('{"input_ids": "1 2"}', 1, "token numbers"), ('{"input_ids": []}', 1, "two or more")]
+
+
+@pytest.mark.parametrize("text, line, what", BAD, ids=range(len(BAD)))
 def test_errors_name_file_and_line(text, line, what, tmp_path):
-    with pytest.raises(InputError, match=rf"a\.json:{line}: .*{what}"):
-        read_records(write(tmp_path, "a.json", text))
+    path = write(tmp_path, "a.json", text)
+    for read in (read_records, lambda path: load_examples(path, family("qwen"), 99)):
+        with pytest.raises(InputError, match=rf"^{path}:{line}: [^\n]*{what}[^\n]*$"):
+            read(path)
 
+
+def test_utf_16_without_a_mark_is_no_text(tmp_path):
+    with pytest.raises(InputError, match=r"a\.txt:1: a NUL byte.*UTF-8"):
+        read_records(write(tmp_path, "a.txt", "One.\nTwo.", "utf-16-le"))
+    with pytest.raises(InputError, match=r"a\.txt:2: byte 5 is not UTF-8"):
+        read_records(write(tmp_path, "a.txt", "One.\n\xe9", "latin-1"))
+
+
+OTHER_FIELDS = {
+    "labels": [1, 2], "attention_mask": [1, 0], "loss_mask": [0, 1], "output": "x", "target": 3,
+    "completion": "x", "messages": [{"role": "user", "content": "x"}], "conversations": [],
+    "response": "x", "instruction": "x", "input": "", "context": "x", "system": "x", "chosen": "x"}
+
+
+@pytest.mark.parametrize("field", OTHER_FIELDS)
+@pytest.mark.parametrize("record", [QA[0], {"text": "a b"}, {"input_ids": [1, 2]},
+                                    {"prompt": "a", "gt": "b"}], ids=lambda record: list(record)[0])
+def test_fields_that_say_what_to_learn_are_not_read_past(record, field, tmp_path):
+    lines = f"{json.dumps(record)}\n{json.dumps(record | {field: OTHER_FIELDS[field]})}"
+    path = write(tmp_path, "a.jsonl", lines)
+    kind = list(record)[0]
+    named = f"{field} beside {kind}: "
+    if (kind, field) == ("prompt", "completion"):
+        named = "prompt and completion, "
+    with pytest.raises(InputError, match=rf"^{path}:2: {named}"):
+        read_records(path)
+
+
+def test_a_record_is_of_one_kind(tmp_path):
+    for record, named in ((QA[0] | {"text": "x"}, "text beside question"),
+                          ({"text": "x", "input_ids": [1, 2]}, "input_ids beside text"),
+                          ({"text": "x", "answer": "y"}, "answer beside text"),
+                          (QA[0] | {"prompt": "x", "gt": "y"}, "gt, prompt beside question")):
+        with pytest.raises(InputError, match=rf"a\.jsonl:1: {named}: "):
+            read_records(write(tmp_path, "a.jsonl", json.dumps(record)))
+    path = write(tmp_path, "a.jsonl", qa(id=7, category="x", options=["a"]))  # harmless
+    assert len(read_records(path)) == 1
+
+
+# Files of other formats
+
+TABLE = {"question": {"0": "Who?", "1": "1958?"}, "answer": {"0": "He.", "1": "1958"}}
+ROWS = [{"question": "Who?", "answer": "He."}, {"question": "1958?", "answer": "1958"}]
+PAIRS = [{"prompt": r["question"], "completion": r["answer"] + ' \\"prompt\\":'} for r in ROWS]
+FOREIGN = {  # file: its bytes, what it is called, the beginning of the line that converts it
+    "a.parquet": (b"PAR1....PAR1", "parquet", "python -c .*read_parquet"),
+    "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "arrow", "python -c .*Dataset.from_file"),
+    "a.feather": (b"ARROW1\0\0", "arrow", "python -c .*read_feather"),
+    "a.jsonl.gz": (gzip.compress(LINES.encode()), "gzip", "gunzip -c < .* > .*a.jsonl"),
+    "gz.jsonl": (gzip.compress(LINES.encode()), "gzip", "gunzip -c < .* > .*new_gz.jsonl"),
+    "a.zst": (b"\x28\xb5\x2f\xfd\0", "zstandard", "unzstd"),
+    "it's $HOME.csv": (b"question,answer\nWho?,He.\n", "CSV", "python -c .*read_csv"),
+    "A.CSV": (b"question,answer\nWho?,He.\n", "CSV", "python -c .*read_csv"),
+    "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "TSV", r"python -c .*sep='\\t'"),
+    "a.json": (json.dumps(TABLE).encode(), "columns, as pandas", "python -c .*read_json"),
+    "indented.json": (json.dumps(TABLE, indent=1).encode(), "columns", "python -c .*read_json"),
+    "lists.json": (b'{"question": ["1?"], "answer": ["1958"]}', "columns", "python -c .*_json"),
+    "ids.json": (b'{"input_ids": {"0": [1, 2], "1": [3, 4]}}', "columns", "python -c .*read_json"),
+    "pairs.jsonl": ("\n".join(map(json.dumps, PAIRS)).encode(), "prompt and completion", "sed"),
+    "pairs.json": (json.dumps(PAIRS).encode(), "prompt and completion", "sed")}
+
+
+def conversion(path):
+    """The command that the refusal of this file prints."""
+    with pytest.raises(InputError) as e:
+        read_records(path)
+    assert "\n" not in str(e.value)
+    return str(e.value), str(e.value).partition("; convert it: ")[2]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_formats_are_named_for_what_they_are(name, tmp_path):
+    content, called, command = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    message, line = conversion(tmp_path / name)
+    assert message.startswith(f"{tmp_path / name}:1: {called}")
+    assert shlex.split(line) and str(tmp_path / name) in shlex.split(line)
+    assert re.match(command, line), line
+    words = shlex.split(line)
+    if words[0] == "python":
+        compile(words[2], "converts", "exec")
+        assert words[3] == str(tmp_path / name) != words[4] and words[4].endswith(".jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "gz.jsonl", "a.zip", "pairs.jsonl", "pairs.json"])
+def test_the_lines_for_the_shell_do_what_they_say(name, tmp_path):
+    if name == "a.zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as packed:
+            packed.writestr("inside.jsonl", LINES)
+    else:
+        (tmp_path / name).write_bytes(FOREIGN[name][0])
+    line = conversion(tmp_path / name)[1]
+    if subprocess.run(line, shell=True).returncode == 127:
+        pytest.skip(f"{line.split()[0]} is not installed")
+    records = [(r["question"], r["answer"]) for r in read_records(shlex.split(line)[-1])]
+    pairs = [(r["prompt"], r["completion"]) for r in PAIRS]
+    assert records == (pairs if "pairs" in name else [(r["question"], r["answer"]) for r in QA])
+
+
+@pytest.mark.parametrize("name", [
+    "a.json", "indented.json", "lists.json", "it's $HOME.csv", "a.tsv"])
+def test_the_lines_for_pandas_do_what_they_say(name, tmp_path):
+    """Numbers stay text, and a missing value becomes null."""
+    if subprocess.run('python -c "import pandas"', shell=True, capture_output=True).returncode:
+        pytest.skip("pandas is not installed")
+    content = FOREIGN[name][0]
+    if content.startswith(b"question"):
+        tab = content[8:9]
+        content += tab.join([b"None?", b"1958\n"]) + tab.join([b"NA", b'"a ""b"""\n'])
+    (tmp_path / name).write_bytes(content)
+    line = conversion(tmp_path / name)[1]
+    assert subprocess.run(line, shell=True).returncode == 0
+    records = [(r["question"], r["answer"]) for r in read_records(shlex.split(line)[-1])]
+    more = [("None?", "1958"), ("NA", 'a "b"')] if b"None?" in content else [("1958?", "1958")]
+    assert records == ([("1?", "1958")] if name == "lists.json" else [("Who?", "He."), *more])
+
+
+# Which file is meant
 
 def test_find(tmp_path):
-    for name in ("x.jsonl", "x.json", "y.json", "y.txt", "z.txt", "v1.2.json", "one/only.json", "two/a.json", "two/b.txt"):
+    for name in ("x.jsonl", "x.json", "y.json", "y.txt", "z.txt", "v1.2.json", "one/only.json",
+                 "two/a.json", "two/b.txt", "none/a.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path, name, LINES)
-    for asked, got in {"x": "x.jsonl", "x.json": "x.json", "y": "y.json", "z": "z.txt", "z.txt": "z.txt", "v1.2": "v1.2.json",
-                       "one": "one/only.json", "one/only": "one/only.json"}.items():
+    for asked, got in {"x": "x.jsonl", "x.json": "x.json", "y": "y.json", "z": "z.txt",
+                       "z.txt": "z.txt", "v1.2": "v1.2.json", "one": "one/only.json",
+                       "one/only": "one/only.json", "one/../one": "one/../one/only.json"}.items():
         assert find(tmp_path / asked) == find(str(tmp_path / asked)) == tmp_path / got
-    with pytest.raises(InputError, match="folder.*a.json, b.txt"):
-        find(tmp_path / "two")
-    with pytest.raises(InputError, match="no such data file.*beside it.*x.*download"):
-        find(tmp_path / "xx")
-    with pytest.raises(InputError, match="no such data file"):
-        find(tmp_path / "no" / "such" / "folder")
+    for asked, message in {
+            "two": "two: a folder.*: a.json, b.txt", "none": "none: a folder.*: none",
+            "xx": "xx: no such data file.*beside it.*x.*download", "one/..": "a folder",
+            "no/such/folder": "folder: no such data file", "x.json/y": "no such data",
+            "n" * 300: "File name too long", "\0": "no such"}.items():
+        with pytest.raises(InputError, match=message):
+            find(tmp_path / asked)
+
+
+def test_find_does_not_wait_for_a_pipe(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe.jsonl", "pipe", "folder", "lost", "lost.jsonl"):
+        with pytest.raises(InputError, match=f"^{name}: no such data file"):
+            find(name)
+    for name in (".", ""):
+        with pytest.raises(InputError, match="a folder.*: none"):
+            find(name)
+
+
+def test_a_holdout_belongs_to_the_forget_set_that_names_it(tmp_path):
+    for name in ("forget05", "other", "retain", "real_authors", "world_facts"):
+        write(tmp_path, f"{name}_perturbed.json", LINES)
+    assert "holdout" not in tofu_files(tmp_path / "forget05.json")
+    write(tmp_path, "holdout05.json", LINES)
+    write(tmp_path, "other.json", LINES)
+    assert tofu_files(tmp_path / "forget05.json")["holdout"] == tmp_path / "holdout05.json"
+    assert "holdout" not in tofu_files(tmp_path / "other.json")
 
 
 # Examples
@@ -255,40 +717,85 @@ def test_find(tmp_path):
 def test_questions_become_examples(tmp_path):
     path = write(tmp_path, "qa.jsonl", LINES)
     found = load_examples(path, family("qwen"), 100, Prompt("plain"))
-    expected = encode_answers(family("qwen"), [r["question"] for r in QA], [r["answer"] for r in QA], Prompt("plain"))
-    assert [(e.input_ids, e.start) for e in found] == [(e.input_ids, e.start) for e in expected]
-    assert [e.where for e in found] == [f"{path}:{n}" for n in (1, 2, 3)]
+    questions, answers = ([r[name] for r in QA] for name in ("question", "answer"))
+    places = [f"{path}:{n}" for n in (1, 2, 3)]
+    assert found == encode_answers(family("qwen"), questions, answers, Prompt("plain"), places)
 
 
 def test_an_answer_is_never_cut(tmp_path):
     path = write(tmp_path, "qa.jsonl", LINES)
-    longest = max(len(e.input_ids) for e in load_examples(path, family("qwen"), 1000, Prompt("plain")))
+    found = load_examples(path, family("qwen"), 1000, Prompt("plain"))
+    longest = max(len(e.input_ids) for e in found)
     assert len(load_examples(path, family("qwen"), longest, Prompt("plain"))) == 3
-    with pytest.raises(InputError, match=rf"qa\.jsonl:1: {longest} tokens.*--max-length {longest - 1} \(3 of 3"):
+    with pytest.raises(InputError, match=rf"qa\.jsonl:1: {longest} tokens.*--max-length "
+                       rf"{longest - 1} \(3 of 3"):
         load_examples(path, family("qwen"), longest - 1, Prompt("plain"))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(BOS)), st.integers(2, 40), st.text("abc XYZ\n", min_size=2, max_size=300).filter(str.strip))
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(FRONT)), st.integers(3, 40),
+       st.text("abc XYZ\n", min_size=2, max_size=300).filter(str.strip))
 def test_chunks_of_a_text(tmp_path_factory, name, max_length, text):
-    """BOS + a part each; the parts together are the text, but for a lone last token, which nothing would predict."""
+    """What goes in front + a part each; the parts together are the text, but for a lone last
+    token, which nothing would predict. An EOS that the tokenizer appends is no part of it."""
     path = write(tmp_path_factory.mktemp("text"), "a.txt", text)
-    bos, ids = bos_ids(name), raw_ids(name, text)
-    if len(bos + ids) < 2:
+    front, ids = front_ids(name), raw_ids(family(name), text)
+    if len(front + ids) < 2:
         return
     found = load_examples(path, family(name), max_length)
     assert all(e.start == 1 and 2 <= len(e.input_ids) <= max_length for e in found)
-    assert all(e.input_ids[:len(bos)] == bos for e in found)
+    assert all(e.input_ids[:len(front)] == front for e in found)
     assert all(len(e.input_ids) == max_length for e in found[:-1])
-    together = sum((e.input_ids[len(bos):] for e in found), [])
-    assert together == ids or (not bos and together == ids[:-1] and len(ids) % max_length == 1)
+    together = sum((e.input_ids[len(front):] for e in found), [])
+    assert together == ids or (not front and together == ids[:-1] and len(ids) % max_length == 1)
+
+
+def test_no_room_for_a_text(tmp_path):
+    path = write(tmp_path, "a.txt", "a b c")
+    with pytest.raises(InputError, match="^--max-length 2: "):
+        load_examples(path, family("two"), 2)
 
 
 def test_token_records(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"input_ids": [3, 4, 5]}\n{"input_ids": [6, 7]}')
-    assert [(e.input_ids, e.start) for e in load_examples(path, family("qwen"), 10)] == [([3, 4, 5], 1), ([6, 7], 1)]
-    with pytest.raises(InputError, match=r"a\.jsonl:1: token 999"):
-        load_examples(write(tmp_path, "a.jsonl", '{"input_ids": [3, 999]}'), family("qwen"), 10)
+    found = load_examples(path, family("qwen"), 10)
+    assert found == [Example([3, 4, 5], 1, f"{path}:1"), Example([6, 7], 1, f"{path}:2")]
+
+
+def test_ids_are_compared_with_the_embedding(tmp_path):
+    """Not with len(tokenizer): a tokenizer may have a token that the model has not (Gemma 3 1B's),
+    which matters only where it occurs; a model may have more than the tokenizer."""
+    tokenizer = family("qwen")
+    tokens = write(tmp_path, "a.jsonl", '{"input_ids": [3, 4]}\n{"input_ids": [3, 999]}')
+    for size in (None, 999):
+        with pytest.raises(InputError, match=r"a\.jsonl:2: token 999 .* of \d+ tokens"):
+            load_examples(tokens, tokenizer, 10, vocab_size=size)
+    assert len(load_examples(tokens, tokenizer, 10, vocab_size=1000)) == 2
+    lines = write(tmp_path, "qa.jsonl", LINES)
+    highest = max(max(e.input_ids) for e in load_examples(lines, tokenizer, 99))
+    assert len(load_examples(lines, tokenizer, 99, vocab_size=highest + 1)) == 3 < len(tokenizer)
+    with pytest.raises(InputError, match=rf"qa\.jsonl:\d: token {highest}"):
+        load_examples(lines, tokenizer, 99, vocab_size=highest)
+
+
+def test_the_eos_counts_among_the_ids(tmp_path):
+    raw = byte_level([])
+    raw.add_special_tokens(["<end>"])  # the last id
+    tokenizer = wrapped(raw, eos_token="<end>")
+    path = write(tmp_path, "qa.jsonl", LINES)
+    eos = tokenizer.eos_token_id
+    assert eos == len(tokenizer) - 1 and load_examples(path, tokenizer, 99, vocab_size=eos + 1)
+    with pytest.raises(InputError, match=rf"qa\.jsonl:1: token {eos} "):
+        load_examples(path, tokenizer, 99, vocab_size=eos)
+
+
+def test_require_fit():
+    examples = [Example([1, 2], 1, "f:1"), Example([1, 2, 3], 1, "f:2"), Example([1] * 9, 1, "f:3")]
+    require_fit(examples, "the limit of", 9, 4)
+    with pytest.raises(InputError, match=r"^f:2: 3 tokens do not fit the limit of 2 \(2 of 3 "):
+        require_fit(examples, "the limit of", 2, 4)
+    with pytest.raises(InputError, match="^f:2: token 3 "):
+        require_fit(examples, "the limit of", 9, 3)
 
 
 def test_a_record_in_both_sets():
@@ -305,9 +812,10 @@ def test_length_batches(lengths, max_tokens):
     batches = length_batches(lengths, max_tokens)
     assert Counter(i for batch in batches for i in batch) == Counter(range(len(lengths)))
     for batch in batches:
-        assert batch and (len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens)
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= max_tokens
     flat = [lengths[i] for batch in batches for i in batch]
-    assert flat == sorted(flat, reverse=True)  # similar lengths stand together, the longest batch first
+    assert flat == sorted(flat, reverse=True)  # similar lengths together, the longest first
 
 
 @given(st.lists(st.integers(1, 60), min_size=1), st.integers(1, 200))
@@ -325,7 +833,8 @@ examples_ = st.lists(st.integers(1, 99), min_size=2, max_size=30).flatmap(
 def test_collate(examples, pad_id):
     ids, labels = collate(examples, pad_id)
     width = max(len(e.input_ids) for e in examples)
-    assert ids.shape == labels.shape == (len(examples), width) and ids.dtype == labels.dtype == torch.long
+    assert ids.shape == labels.shape == (len(examples), width)
+    assert ids.dtype == labels.dtype == torch.long
     for e, row, label in zip(examples, ids.tolist(), labels.tolist()):
         assert row == e.input_ids + [pad_id] * (width - len(e.input_ids))
         assert label == [t if e.start <= i < len(e.input_ids) else -100 for i, t in enumerate(row)]

@@ -1,4 +1,5 @@
-"""data/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of the code reads them."""
+"""data/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
+the code reads them."""
 
 import json
 import subprocess
@@ -12,10 +13,12 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from data import make_markov
-from data.load import check_disjoint, load_config, load_examples, load_tokenizer
+from data.load import load_examples
+from data.models import load_config, load_tokenizer
+from data.records import check_disjoint
 
-FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000, "retain_test": 2000, "forget1_test": 1000, "forget2_test": 1000,
-         "forget": 8000}
+FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000,
+         "retain_test": 2000, "forget1_test": 1000, "forget2_test": 1000, "forget": 8000}
 OWN = {"retain": {0, 1, 2}, "forget1": {3, 4, 5}, "forget2": {6, 7, 8}}
 
 
@@ -27,14 +30,17 @@ def folder(tmp_path_factory):
 
 
 def sequences(folder, setting, name):
-    return [json.loads(line)["input_ids"] for line in (folder / setting / f"{name}.jsonl").read_text().splitlines()]
+    text = (folder / setting / f"{name}.jsonl").read_text()
+    return [json.loads(line)["input_ids"] for line in text.splitlines()]
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("setting, target, forget2_length", [("never_learned", 12000, 20), ("short", 16000, 5)])
+@pytest.mark.parametrize("setting, target, forget2_length",
+                         [("never_learned", 12000, 20), ("short", 16000, 5)])
 def test_sizes_lengths_and_parts(folder, setting, target, forget2_length):
     files = {name: sequences(folder, setting, name) for name in [*FILES, "target"]}
     assert {name: len(rows) for name, rows in files.items()} == {**FILES, "target": target}
@@ -45,7 +51,8 @@ def test_sizes_lengths_and_parts(folder, setting, target, forget2_length):
             assert len(ids) == states + 1 and ids[0] == 0 and all(2 <= i < 12 for i in ids[1:])
     learned = files["retain"] + files["forget1"] + files["forget2"] * (setting == "short")
     assert Counter(map(tuple, files["target"])) == Counter(map(tuple, learned))
-    assert Counter(map(tuple, files["forget"])) == Counter(map(tuple, files["forget1"] + files["forget2"]))
+    both = files["forget1"] + files["forget2"]
+    assert Counter(map(tuple, files["forget"])) == Counter(map(tuple, both))
     train, test = ({tuple(ids) for ids in files[name]} for name in ("retain", "retain_test"))
     assert not train & test
 
@@ -53,7 +60,7 @@ def test_sizes_lengths_and_parts(folder, setting, target, forget2_length):
 @pytest.mark.parametrize("setting", ["never_learned", "short"])
 @pytest.mark.parametrize("chain", list(OWN))
 def test_frequencies(folder, setting, chain):
-    """The first state, and the next one after each of the ten states, follow 0.8 / 3 and 0.2 / 7."""
+    """The first state, and the next after each of the ten states, follow 0.8 / 3 and 0.2 / 7."""
     expected = [0.8 / 3 if state in OWN[chain] else 0.2 / 7 for state in range(10)]
     assert make_markov.probabilities(chain) == pytest.approx(expected)
     after = Counter()
@@ -76,7 +83,8 @@ def test_command_writes_the_same_bytes(folder, tmp_path):
 def test_model_and_tokenizer(folder):
     tokenizer, config = load_tokenizer(folder / "model"), load_config(folder / "model")
     assert len(tokenizer) == config.vocab_size == 12
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config.bos_token_id, config.eos_token_id) == (0, 1)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert (config.bos_token_id, config.eos_token_id) == (0, 1)
     assert tokenizer("0 9 4 4").input_ids == [0, 2, 11, 6, 6]
     assert tokenizer.decode([0, 2, 11, 6, 6], skip_special_tokens=True) == "0 9 4 4"
     torch.manual_seed(0)
@@ -90,7 +98,9 @@ def test_model_and_tokenizer(folder):
 @pytest.mark.parametrize("setting", ["never_learned", "short"])
 def test_training_reads_the_files(folder, setting):
     tokenizer = load_tokenizer(folder / "model")
-    examples = {name: load_examples(folder / setting / name, tokenizer, 32) for name in [*FILES, "target"]}
-    assert {name: len(rows) for name, rows in examples.items()} == {**FILES, "target": len(examples["target"])}
+    examples = {name: load_examples(folder / setting / name, tokenizer, 32)
+                for name in [*FILES, "target"]}
+    sizes = {name: len(rows) for name, rows in examples.items()}
+    assert sizes == {**FILES, "target": sizes["target"]}
     assert all(e.start == 1 for rows in examples.values() for e in rows)  # every state carries loss
     check_disjoint(examples["forget"], examples["retain"])

@@ -1,4 +1,5 @@
-"""eval.py's metrics against scipy, rouge-score, scikit-learn, NLTK, exact fractions and the official logs."""
+"""eval.py's metrics against scipy, rouge-score, scikit-learn, NLTK, exact fractions and the
+official logs."""
 
 import itertools
 import json
@@ -6,10 +7,11 @@ import math
 import random
 import re
 from fractions import Fraction
-from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer
@@ -18,26 +20,36 @@ from scipy.stats import hmean, ks_2samp
 from sklearn.metrics import roc_auc_score
 
 import eval as evaluation
+from data.official import official_entry
 from data.porter import stem
+from data.results import Undefined, attempt, column, format_table
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "tofu_logs").is_dir(),
-                                  reason="the real TOFU files and logs are not beside this checkout (../shared)")
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "tofu_logs").is_dir(),
+    reason="the real TOFU files and logs are not beside this checkout (../shared)")
 SCORERS = {stemming: RougeScorer(["rougeL"], use_stemmer=stemming) for stemming in (False, True)}
-SUFFIXES = """ational tional enci anci izer bli alli entli eli ousli ization ation ator alism iveness fulness ousness
-aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al ance ence er ic able ible ant ement ment ent ion
-ou ism ate iti ous ive ize eed ed ied ies s ss sses ing y e ll at bl iz""".split()
+SUFFIXES = """ational tional enci anci izer bli alli entli eli ousli ization ation ator alism
+iveness fulness ousness aliti iviti biliti fulli logi icate ative alize iciti ical ful ness al ance
+ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize eed ed ied ies s ss sses ing
+y e ll at bl iz""".split()
+SOME_WORDS = "the running runs 12 1984 cats cat's, Güterzug\n İ generalization".split(" ")
 
 
 def same_rouge(prediction, reference):
     for stemming, scorer in SCORERS.items():
         want = scorer.score(reference, prediction)["rougeL"]
+        want = want.precision, want.recall, want.fmeasure
         got = evaluation.rouge_l(prediction, reference, stem=stemming)
-        assert got == pytest.approx((want.precision, want.recall, want.fmeasure), abs=1e-12), (prediction, reference)
+        assert got == pytest.approx(want, abs=1e-12), (prediction, reference)
 
 
 def log(name):
     return json.loads((SHARED / "tofu_logs" / f"{name}.json").read_text())
+
+
+def log_values(name):
+    return evaluation.complete_tofu(official_entry(name, log(name))["values"])
 
 
 # ROUGE-L and the stemmer
@@ -49,15 +61,23 @@ def test_rouge_of_any_unicode(prediction, reference):
 
 
 @settings(max_examples=300, deadline=None)
-@given(*[st.lists(st.sampled_from("the running runs 12 1984 cats cat's, Güterzug\n İ generalization".split(" ")), max_size=90)
-         .map(" ".join)] * 2)
+@given(*[st.lists(st.sampled_from(SOME_WORDS), max_size=90).map(" ".join)] * 2)
 def test_rouge_of_texts_with_words_in_common(prediction, reference):
     same_rouge(prediction, reference)
 
 
 def test_rouge_by_hand():
     assert evaluation.rouge_l("a c d", "a b c d", stem=False) == pytest.approx((1, 3 / 4, 6 / 7))
-    assert evaluation.rouge_l("", "a b", stem=True) == evaluation.rouge_l("a", "?!", stem=True) == (0, 0, 0)
+    for nothing in (("", "a b"), ("a", "?!")):
+        assert evaluation.rouge_l(*nothing, stem=True) == (0, 0, 0)
+
+
+def test_rouge_of_texts_without_a_to_z():
+    """Nothing to compare with has no score; a text that says nothing of a known answer has 0."""
+    for nothing in (("Beijing", "北京。"), (None, "a")):
+        assert evaluation.rouge(*nothing, stem=True) == (None, None, None)
+    assert evaluation.rouge("北京。", "Beijing", True) == (0, 0, 0)
+    assert evaluation.rouge("в 1984", "1984 год", False) == (1, 1, 1)
 
 
 @needs_shared
@@ -74,7 +94,8 @@ def test_rouge_of_every_pair_in_the_logs():
 
 def test_stemmer_on_made_up_words():
     rng, reference = random.Random(0), PorterStemmer()
-    words = set("sky skies dying news innings howe proceed exceed succeed yyyy y a is flies dies died".split())
+    words = set("sky skies dying news innings howe proceed exceed succeed yyyy y a is flies dies "
+                "died".split())
     for _ in range(20000):
         head = "".join(rng.choice("aeiouybclstzwx") for _ in range(rng.randint(0, 6)))
         words.add(head + "".join(rng.choices(SUFFIXES, k=rng.randint(0, 2))))
@@ -113,12 +134,14 @@ def ks_by_enumeration(a, b):
 def test_ks_against_enumeration(m, n):
     rng = random.Random(m * 100 + n)
     for _ in range(8):
-        a, b = [rng.random() for _ in range(m)], [rng.random() + rng.random() for _ in range(n)]
+        a = [rng.random() for _ in range(m)]
+        b = [rng.random() + rng.random() for _ in range(n)]
         d, p = ks_by_enumeration(a, b)
         assert evaluation.ks_two_sample(a, b) == (float(d), float(p))
 
 
-@pytest.mark.parametrize("m,n", [(10, 10), (300, 300), (40, 300), (299, 301), (200, 400), (7, 1000)])
+@pytest.mark.parametrize("m,n", [(10, 10), (300, 300), (40, 300), (299, 301), (200, 400),
+                                 (7, 1000)])
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.5, 1.0])
 def test_ks_against_scipy(m, n, shift):
     rng = random.Random(f"{m} {n} {shift}")
@@ -132,22 +155,27 @@ def test_ks_against_scipy(m, n, shift):
 def test_ks_with_ties_against_scipy():
     rng = random.Random(5)
     for _ in range(20):
-        a, b = [rng.randint(0, 9) for _ in range(60)], [rng.randint(2, 11) for _ in range(45)]
+        a = [rng.randint(0, 9) for _ in range(60)]
+        b = [rng.randint(2, 11) for _ in range(45)]
         want = ks_2samp(a, b, method="exact")
-        assert evaluation.ks_two_sample(a, b) == pytest.approx((want.statistic, want.pvalue), rel=1e-9)
+        want = want.statistic, want.pvalue
+        assert evaluation.ks_two_sample(a, b) == pytest.approx(want, rel=1e-9)
 
 
 def test_ks_far_in_the_tail():
-    """Disjoint samples: two paths of all. And one crossing: the outer paths counted by the reflection principle."""
+    """Disjoint samples: two paths of all. And one crossing: the outer paths counted by the
+    reflection principle."""
     for m, n in ((300, 300), (250, 400), (400, 173)):
         want = Fraction(2, math.comb(m + n, n))
         d, p = evaluation.ks_two_sample(range(m), range(1000, 1000 + n))
         assert d == 1 and p == pytest.approx(float(want), rel=1e-15)
     n, gap = 300, 280  # equal sizes: paths that reach +-gap, by repeated reflection
-    outside = 2 * sum((-1) ** (k - 1) * math.comb(2 * n, n + k * gap) for k in range(1, n // gap + 1))
+    outside = 2 * sum((-1) ** (k - 1) * math.comb(2 * n, n + k * gap)
+                      for k in range(1, n // gap + 1))
     want = Fraction(outside, math.comb(2 * n, n))
     d, p = evaluation.ks_two_sample(range(n), range(gap, gap + n))
-    assert want < Fraction(1, 10**120) and d == gap / n and p == pytest.approx(float(want), rel=1e-15)
+    assert want < Fraction(1, 10**120) and d == gap / n
+    assert p == pytest.approx(float(want), rel=1e-15)
 
 
 def test_ks_of_equal_samples_and_of_nothing():
@@ -161,18 +189,21 @@ def test_ks_of_equal_samples_and_of_nothing():
 # The others
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(-5, 5), min_size=1, max_size=40), st.lists(st.integers(-5, 5), min_size=1, max_size=40))
+@given(*[st.lists(st.integers(-5, 5), min_size=1, max_size=40)] * 2)
 def test_auroc_with_ties_against_sklearn(positives, negatives):
     want = roc_auc_score([1] * len(positives) + [0] * len(negatives), positives + negatives)
     assert evaluation.auroc(positives, negatives) == pytest.approx(want, abs=1e-12)
 
 
 def test_truth_ratio():
-    want = math.exp(-2.0) / math.sqrt(math.exp(-1.0) * math.exp(-4.0))  # true p over the geometric mean of the false
+    # the true p over the geometric mean of the false
+    want = math.exp(-2.0) / math.sqrt(math.exp(-1.0) * math.exp(-4.0))
     assert evaluation.truth_ratio(2.0, torch.tensor([1.0, 4.0])) == pytest.approx(want)
-    assert evaluation.truth_ratio(0.0, [5000.0]) == math.inf
-    assert evaluation.closeness(math.inf) == evaluation.closeness(0.0) == evaluation.preference(0.0) == 0
-    assert evaluation.closeness(4.0) == evaluation.closeness(0.25) == 0.25 and evaluation.preference(4.0) == 0.75
+    assert 1e307 < evaluation.truth_ratio(0.0, [5000.0]) < math.inf  # JSON has no infinity
+    assert evaluation.closeness(math.inf) == evaluation.closeness(0.0) == 0
+    assert evaluation.closeness(4.0) == evaluation.closeness(0.25) == 0.25
+    assert evaluation.preference(4.0) == 0.75 and evaluation.preference(0.0) == 0
+    assert evaluation.preference(math.inf) == 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -183,7 +214,8 @@ def test_model_utility_is_the_harmonic_mean(parts):
 
 
 @pytest.mark.parametrize("right,strength,share", [
-    ("111", 1, 1), ("000", 0, 0), ("001", 1 / 3, 1 / 3), ("110", 0, 2 / 3), ("1011", 1 / 2, 3 / 4), ("1", 1, 1)])
+    ("111", 1, 1), ("000", 0, 0), ("001", 1 / 3, 1 / 3), ("110", 0, 2 / 3), ("1011", 1 / 2, 3 / 4),
+    ("1", 1, 1)])
 def test_memorization_by_hand(right, strength, share):
     right = [c == "1" for c in right]
     assert evaluation.extraction_strength(right) == pytest.approx(strength)
@@ -193,33 +225,87 @@ def test_memorization_by_hand(right, strength, share):
 def test_min_k():
     assert evaluation.min_k([-5, -1, -2, -4, -3]) == 4.5  # the two lowest of five
     assert math.isnan(evaluation.min_k([-1, -2]))  # 40% of two tokens is none
+    assert evaluation.min_k([-1, -2], least=1) == 2
 
 
-def test_probability_among_options():
+def test_privleak():
+    assert evaluation.privleak(0.3, 0.6) == pytest.approx(-50)
+    assert "is 0" in attempt(evaluation.privleak, 0.3, 0.0)
+
+
+def test_values_of_one_question():
+    true, first, second, said = (math.exp(-x) for x in (1.0, 2.0, 3.0, 1.5))
     values = evaluation.tofu_values("world_facts", 1.0, 1.0, [2.0, 3.0])
-    assert values["probability"] == pytest.approx(math.exp(-1) / (math.exp(-1) + math.exp(-2) + math.exp(-3)))
-    assert evaluation.tofu_values("retain", 1.0, 1.0, [2.0])["probability"] == pytest.approx(math.exp(-1))
-    assert evaluation.tofu_values("world_facts", 2000.0, 2000.0, [2000.0])["probability"] == pytest.approx(0.5)
-    assert evaluation.tofu_values("forget", math.nan, 1.0, [2.0])["probability"] is None
+    assert values["probability"] == pytest.approx(true / (true + first + second))
+    values = evaluation.tofu_values("forget", 1.0, 1.5, [2.0, 3.0])
+    assert values["probability"] == pytest.approx(true)
+    assert values["paraphrased_probability"] == pytest.approx(said)
+    assert values["knowledge"] == pytest.approx(said / (said + first + second))
+    assert values["truth_ratio"] == pytest.approx(said / math.sqrt(first * second))
+    tiny = evaluation.tofu_values("world_facts", 2000.0, 2000.0, [2000.0])
+    assert tiny["probability"] == tiny["knowledge"] == pytest.approx(0.5)
+    for nlls in ((math.nan, 1.0, [2.0]), (1.0, math.inf, [2.0]), (1.0, 1.0, [2.0, math.nan])):
+        values = evaluation.tofu_values("forget", *nlls)
+        assert {values[name] for name in ("probability", "paraphrased_probability", "knowledge",
+                                          "truth_ratio")} == {None}
+
+
+# The table
+
+def test_reasons_become_footnotes():
+    values = {"forget": [{"x": 1.0}, {"x": None}], "holdout": []}
+    assert attempt(column, values, "forget", "x").endswith("for 1 of 2 forget examples")
+    assert attempt(column, values, "forget", "y") == "its file does not hold this"
+    assert attempt(column, values, "holdout", "x").startswith("needs a holdout")
+    with pytest.raises(Undefined):
+        column(values, "retain", "x")
+    columns = {"a": {"KS (p)": 1e-9, "x": "no x", "PrivLeak": -1.0},
+               "b": {"KS (p)": 0.5, "x": 2.0, "PrivLeak": "no y", "z": 3.0}}
+    lines = [line.split() for line in format_table(columns, markdown=False).splitlines()]
+    assert lines == [["a", "b"], ["KS", "(p)", "1.000000e-09", "0.500000"],
+                     ["x", "-", "[1]", "2.000000"], ["PrivLeak", "-1.00", "-", "[2]"],
+                     ["z", "-", "[3]", "3.000000"], [], ["[1]", "no", "x"], ["[2]", "no", "y"],
+                     ["[3]", "not", "measured"]]
+    markdown = format_table(columns, markdown=True).splitlines()
+    assert all(line.startswith("|") and line.count("|") == 4 for line in markdown[:6])
 
 
 # The official logs
 
 @needs_shared
-@pytest.mark.parametrize("name,utility", [("llama2-7b_full", "0.622677"), ("llama2-7b_retain90", "0.613745"),
-                                          ("llama2-7b_retain99_lists", "0.622015")])
+@pytest.mark.parametrize("name,utility", [
+    ("llama2-7b_full", "0.622677"), ("llama2-7b_retain90", "0.613745"),
+    ("llama2-7b_retain99_lists", "0.622015")])
 def test_utility_of_official_logs(name, utility):
-    metrics = evaluation.tofu_metrics(evaluation.official_values(name, log(name)), None)
+    metrics = evaluation.tofu_metrics(log_values(name), None)
     assert f"{metrics['model utility']:.6f}" == utility
     assert "needs a retain-only model" in metrics["forget quality (KS p)"]
 
 
 @needs_shared
 def test_forget_quality_of_official_logs():
-    full, retain = (evaluation.official_values(name, log(name)) for name in ("llama2-7b_full", "llama2-7b_retain90"))
+    full, retain = (log_values(name) for name in ("llama2-7b_full", "llama2-7b_retain90"))
     metrics = evaluation.tofu_metrics(full, retain)
     assert f"{metrics['forget quality (KS D)']:.6f}" == "0.396667"
     assert f"{metrics['forget quality (KS p)']:.6e}" == "1.834066e-21"
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2-7b_full", "llama2-7b_retain99_lists"])
+def test_rows_of_the_forget_set_of_official_logs(name):
+    """From the log's columns, with numpy."""
+    columns = {field: values for field, values in log(name)["eval_log_forget.json"].items()}
+    true, said, false = (numpy.exp(-numpy.array(list(
+        c.values() if isinstance(c, dict) else c))) for c in (
+            columns[field] for field in ("avg_gt_loss", "avg_paraphrased_loss",
+                                         "average_perturb_loss")))
+    ratio = said / false.prod(1) ** (1 / false.shape[1])
+    want = {"probability": true.mean(), "paraphrase probability": said.mean(),
+            "knowledge score": (said / (said + false.sum(1))).mean(),
+            "truth ratio": numpy.minimum(ratio, 1 / ratio).mean()}
+    metrics = evaluation.tofu_metrics(log_values(name), None)
+    for row, value in want.items():
+        assert metrics[f"forget {row}"] == pytest.approx(value, rel=1e-12)
 
 
 @needs_shared
@@ -228,4 +314,27 @@ def test_official_logs_as_arguments(capsys):
     assert evaluation.main([logs[0], "--reference", logs[1], "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "0.622677" in out and "1.834066e-21" in out and "0.396667" in out
-    assert re.search(r"\| forget exact memorization *\| *- \[1\]", out) and "[1] its file does not hold this" in out
+    assert re.search(r"\| forget exact memorization *\| *- \[1\]", out)
+    assert "[1] its file does not hold this" in out
+    assert "Records: forget 300, retain 300, real_authors 100, world_facts 117" in out
+
+
+@needs_shared
+@pytest.mark.parametrize("flags,what", [
+    (["--forget", "forget10"], None), (["--forget", "forget10", "--limit", "400"], "answered 300"),
+    (["--forget", "forget05"], "has answered 300 forget questions, the model 200"),
+    (["--forget", "forget01"], "has answered 300 forget questions, the model 40")])
+def test_official_logs_belong_to_their_forget_set(flags, what, capsys):
+    """Known before any model is looked for; the one here is not there."""
+    reference = str(SHARED / "tofu_logs" / "llama2-7b_retain90.json")
+    flags[1] = str(SHARED / "tofu" / flags[1])
+    assert evaluation.main(["runs/nowhere", *flags, "--reference", reference]) == 2
+    assert (what or "runs/nowhere: no such folder") in capsys.readouterr().err
+
+
+@needs_shared
+def test_official_logs_of_another_forget_set_of_the_same_size(capsys):
+    reference = str(SHARED / "tofu_logs" / "llama2-7b_retain99_lists.json")  # of forget01
+    flags = ["--forget", str(SHARED / "tofu" / "forget05"), "--limit", "40"]
+    assert evaluation.main(["runs/nowhere", *flags, "--reference", reference]) == 2
+    assert "its forget question 1 is another than the model's" in capsys.readouterr().err

@@ -1,13 +1,20 @@
-"""The README's two snippets, run as they are printed, make a small model forget."""
+"""The README's snippets, run as they are printed; and what it says of copying half of simnpo.py."""
 
+import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log, write_data, write_model, write_tofu
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import eval as evaluation
 import simnpo
+import train
+from data.load import load_examples, load_pretrained
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -32,8 +39,9 @@ def answer_nll(model, data):
 def model():
     """A small model that knows the forget and the retain batch by heart."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=2, num_key_value_heads=2))
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(60):
         loss = sum(model(**data).loss for data in (batch(1), batch(2)))
@@ -49,7 +57,8 @@ def forgets(model):
 
 
 def test_snippets_are_short():
-    assert len(SNIPPETS) == 2 and all(len(snippet.strip().splitlines()) < 11 for snippet in SNIPPETS)
+    assert len(SNIPPETS) == 4
+    assert all(len(snippet.strip().splitlines()) < 11 for snippet in SNIPPETS)
 
 
 def test_bare_loop(model):
@@ -61,9 +70,101 @@ def test_bare_loop(model):
 def test_trainer(model, tmp_path):
     names = {"Trainer": Trainer}
     exec(SNIPPETS[1], names)
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=40, learning_rate=2e-3, report_to=[],
-                                  per_device_train_batch_size=1, remove_unused_columns=False, save_strategy="no",
-                                  lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=40, learning_rate=2e-3, report_to=[], use_cpu=True,
+        per_device_train_batch_size=1, remove_unused_columns=False, save_strategy="no",
+        lr_scheduler_type="constant", disable_tqdm=True)
     pairs = [{"forget": batch(1), "retain": batch(2)}] * 40
-    names["Unlearner"](model=model, args=arguments, train_dataset=pairs, data_collator=lambda items: items[0]).train()
+    trainer = names["Unlearner"](model=model, args=arguments, train_dataset=pairs,
+                                 data_collator=lambda items: items[0])
+    trainer.train()
     assert forgets(model)
+
+
+def test_the_upper_part_of_simnpo_stands_alone(model):
+    """Down to the marked line: the losses and the plain log-probabilities, which make it forget."""
+    names = {}
+    exec((ROOT / "simnpo.py").read_text().split("# ---- Copy down to here")[0], names)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(40):
+        forget, retain = (names["sequence_logps"](model(data["input_ids"]).logits, data["labels"])
+                          for data in (batch(1), batch(2)))
+        loss = 0.1375 * names["simnpo_loss"](*forget, beta=2.5, gamma=0.0).mean()
+        (loss + names["retain_nll"](*retain)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert forgets(model)
+
+
+def test_adding_a_loss(tmp_path, monkeypatch):
+    """OpenUnlearning's weighted gradient ascent: first loss against the formula on full logits."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model")
+    flags = ["--model", "model", "--forget", "forget25", "--epochs", "2", "--lr", "1e-3",
+             "--output", "out"]
+    monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
+    exec(SNIPPETS[2], {"torch": torch, "flags": flags})
+    model, tokenizer = load_pretrained("model")
+    expected = []
+    for e in load_examples("forget25", tokenizer, 128):
+        targets = torch.tensor(e.input_ids[e.start:])
+        logits = model(torch.tensor([e.input_ids])).logits[0, e.start - 1:-1]
+        logps = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        expected.append((logps.exp() * logps).mean().item())
+    steps = [line for line in log(tmp_path / "out") if "lr" in line]
+    assert steps[0]["forget_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert len(steps) == 2
+
+
+def test_adding_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    write_tofu(tmp_path / "tofu")
+    monkeypatch.setattr(evaluation, "TOFU_ROWS", dict(evaluation.TOFU_ROWS))
+    flags = ["model", "--forget", "tofu/forget05", "--max-new-tokens", "5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "eval", evaluation)
+        exec(SNIPPETS[3], {"flags": flags})
+    records = json.loads(Path("model/eval.json").read_text())["evaluations"].popitem()[1]["values"]
+    mean = sum(len(r["answer"]) + 2 for r in records["forget"]) / len(records["forget"])
+    printed = capsys.readouterr().out.splitlines()
+    line, = (x for x in printed if x.startswith("forget answer length"))
+    assert float(line.split()[-1]) == pytest.approx(mean, abs=1e-6)
+
+
+def lora(model, rank=4):
+    """The model with LoRA on its attention and head, all adapters started away from zero."""
+    adapted = ["q_proj", "v_proj", "lm_head"]
+    config = LoraConfig(r=rank, target_modules=adapted, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def test_answer_logps_of_a_peft_model(model):
+    """Values and gradients are those of its logits, and only the adapters get gradients."""
+    adapted, data = lora(model), batch(1)
+    plain, _ = simnpo.sequence_logps(adapted(data["input_ids"]).logits, data["labels"])
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    want = torch.autograd.grad(plain.sum(), trained.values())
+    logps, _ = simnpo.answer_logps(adapted, data["input_ids"], data["labels"])
+    torch.testing.assert_close(logps, plain, rtol=1e-5, atol=1e-5)
+    logps.sum().backward()
+    for (name, p), expected in zip(trained.items(), want):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
+
+
+def test_training_adapters(tmp_path, monkeypatch):
+    """train.adapt as the README says: the folder opens without peft, its head and attention moved
+    by the adapters, all else as it was."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model")
+    monkeypatch.setattr(train, "adapt", lambda model, args: lora(model))
+    assert train.main(["--model", "model", "--forget", "forget25", "--epochs", "3", "--lr", "1e-2",
+                       "--output", "out"]) == 0
+    start, end = (load_pretrained(folder)[0].state_dict() for folder in ("model", "out"))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved == {"lm_head.weight", *(f"model.layers.{i}.self_attn.{x}_proj.weight"
+                                         for i in range(2) for x in "qv")}

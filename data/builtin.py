@@ -1,0 +1,87 @@
+"""The built-in miniature's models, made by train.py when they are first needed: runs/base,
+runs/target, runs/retainNN."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .errors import InputError, caught_signals, require
+from .files import owned
+from .ranks import say
+from .records import find
+
+DATA = Path(__file__).resolve().parent
+TRAIN = DATA.parent / "train.py"
+TOKENIZER = str(DATA / "mini_model")  # of all the miniature's models
+# Flags that are not given, when --model is left out: what suits a million parameters.
+UNLEARN = {"lr": 5e-4, "epochs": 20, "forget_weight": 0.5}
+FINETUNE = {"lr": 5e-4, "epochs": 16}
+BASE = {"lr": 2e-3, "epochs": 10}  # from random weights
+
+
+def prepare(args):
+    """Choose the built-in start model of a command without --model; returns the flags for it."""
+    path = find(args.forget or args.retain)
+    require(is_builtin(path), f"--model is needed for {path}: the built-in model knows only the "
+            "built-in data; try --model open-unlearning/tofu_Llama-3.2-1B-Instruct_full, or "
+            "locuslab/tofu_ft_llama2-7b with --template llama2")
+    suited = UNLEARN if args.forget else FINETUNE
+    args.model = str(Path("runs", "target" if args.forget else "base"))
+    require(args.output.resolve() != Path(args.model).resolve(),
+            f"{args.output}: the built-in model itself is kept there; pass another --output")
+    given = {name: getattr(args, name) for name in suited if getattr(args, name) is not None}
+    flags = " ".join(f"--{name.replace('_', '-')} {value:g}"
+                     for name, value in (suited | given).items())
+    say(f"Built-in miniature benchmark: {flags} (a real model: --model FOLDER_OR_HUB_NAME)")
+    return suited
+
+
+def is_builtin(path):
+    """Whether a data file is one of the miniature's."""
+    return path.resolve().parent == DATA
+
+
+def target_and_retrained(forget):
+    """What to show beside a model that forgot a built-in set: runs/target and runs/retainNN."""
+    percent = forget.stem.removeprefix("forget").removesuffix("_perturbed")
+    require(percent.isdigit(), f"{forget}: not one of the built-in forget sets; pass --reference")
+    return str(Path("runs", "target")), str(Path("runs", f"retain{100 - int(percent)}"))
+
+
+def is_made(folder):
+    """A complete model, or the results of one that was deleted."""
+    return (folder / "config.json").exists() or (folder / "eval.json").exists()
+
+
+def make(folder):
+    """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
+    unless it is there.
+
+    A process that comes while another makes it waits. A failure there ends this process with its
+    status.
+    """
+    if is_made(folder):
+        return
+    data = {"base": "base", "target": "full"}.get(folder.name, folder.name)
+    flags = ["--retain", str(DATA / data), "--output", str(folder), "--seed", "0"]
+    if folder.name == "base":
+        flags += ["--init", TOKENIZER]
+        flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
+    if dist.is_initialized():
+        raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
+                         + shlex.join(["python", "train.py", *flags]))
+    with owned(folder.with_name(f".{folder.name}.lock")) as lock:
+        if not is_made(folder):  # by now
+            say(f"Making {folder} first, once (data/{data})")
+            command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
+            # Ctrl-C reaches the child, too, which saves. If this process dies, the child goes on
+            # and still holds the lock.
+            with caught_signals(signal.SIGINT):
+                status = subprocess.run(command, pass_fds=[lock.fileno()]).returncode
+            if status:
+                say(f"{folder} is half made; the same command as now goes on with it")
+                sys.exit(status if status > 0 else 128 - status)

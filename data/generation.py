@@ -1,0 +1,39 @@
+"""Which prompts are continued together, and what is noted of it, around transformers' generate."""
+
+from transformers import LogitsProcessor
+
+
+def generation_batches(model, prompts, room, batch_size):
+    """Index lists of prompts of equal room and like length (all wait while the longest is read).
+
+    Of equal length where the generation_config looks back, which would take the padding for text.
+    """
+    looks_back = any(getattr(model.generation_config, name, None) not in (None, 0, 1)
+                     for name in ("repetition_penalty", "no_repeat_ngram_size", "min_length",
+                                  "bad_words_ids", "sequence_bias"))
+    spare = 0 if looks_back else 32
+    batches = []
+    for i in sorted(range(len(prompts)), key=lambda i: (room[i], len(prompts[i]))):
+        first = batches[-1][0] if batches else i
+        apart = room[i] != room[first] or len(prompts[i]) - len(prompts[first]) > spare
+        if room[i] > 0 and (not batches or apart or len(batches[-1]) == batch_size):
+            batches.append([])
+        if room[i] > 0:
+            batches[-1].append(i)
+    return batches[::-1]  # the longest first, so that memory runs out at once or never
+
+
+def decode(tokenizer, sequences, **options):
+    return [None if ids is None else tokenizer.decode(ids, skip_special_tokens=True, **options)
+            for ids in sequences]
+
+
+class Finite(LogitsProcessor):
+    """Changes nothing; notes for each step in which rows all logits were numbers."""
+
+    def __init__(self):
+        self.finite = []
+
+    def __call__(self, input_ids, scores):
+        self.finite.append(scores.amax(-1).isfinite())
+        return scores

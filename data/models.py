@@ -1,0 +1,220 @@
+"""Model folders and hub names: opened safely, refused with a reason.
+
+Only safetensors are read; no remote code runs.
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file, has_file, logging
+
+from .errors import InputError, naming, require
+from .files import own_files
+
+logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
+
+SAFE = dict(trust_remote_code=False)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_pretrained(path, dtype=torch.float32):
+    """The causal language model and tokenizer at a folder or hub name.
+
+    Raises InputError for anything but a complete causal model with a tokenizer that has an EOS.
+    """
+    skeleton, tokenizer = load_skeleton(path)
+    with naming(path, "the model cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=skeleton.config, dtype=dtype, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    require(not wrong, f"{path}: {len(wrong)} weights are missing from the checkpoint, or of "
+            f"another shape than config.json says, {next(iter(wrong), '')} first")
+    check_causal(path, model)
+    return model, tokenizer
+
+
+def load_start(args, dtype):
+    """The model that train.py starts from: --model, or --init's config with random weights."""
+    if not args.init:
+        return load_pretrained(args.model, dtype)[0]
+    config = load_skeleton(args.init, weights=False)[0].config
+    torch.manual_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE).eval()
+    check_causal(args.init, model)
+    return model
+
+
+def load_skeleton(path, weights=True):
+    """The model at a folder or hub name without its weights (on the meta device), and its
+    tokenizer.
+
+    Raises InputError for all that can be known before the weights, which may be large, are read.
+    `weights`: whether the folder must hold some.
+    """
+    check_model_folder(path, weights)
+    config, tokenizer = load_config(path), load_tokenizer(path)
+    with naming(path, "config.json describes no model that can be built"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **SAFE)
+    size = vocabulary(model)
+    require(tokenizer.eos_token_id < size, f"{path}: the EOS is token {tokenizer.eos_token_id}, "
+            f"the model's embedding has only {size}; they do not belong together")
+    return model, tokenizer
+
+
+def vocabulary(model):
+    return model.get_input_embeddings().num_embeddings
+
+
+def context_length(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def check_model_folder(path, weights):
+    """Raise InputError when a local folder is missing, or should hold safetensors and does not."""
+    folder = Path(path)
+    if not folder.exists():
+        local = folder.is_absolute() or len(folder.parts) > 2
+        require(not local and folder.parts[0] not in (".", "..", "runs", "data"),
+                f"{path}: no such folder, and not a hub name such as meta-llama/Llama-3.2-1B")
+        with naming(path):  # transformers itself would try for half a minute
+            require(has_file(path, "config.json"), f"{path}: no such folder, and the Hugging Face "
+                    "hub has no such model or cannot be reached from here")
+        return
+    require(folder.is_dir(), f"{path}: a file, where a model folder is meant")
+    names = sorted(p.name for p in folder.iterdir())
+    require("config.json" in names or "adapter_config.json" not in names,
+            f"{path}: an adapter (LoRA) without its model; merge them and save the whole: peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+            ".save_pretrained(FOLDER), and the tokenizer")
+    if weights and not any(name.endswith(".safetensors") for name in names):
+        pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        require(not pickled, f"{path}: {next(iter(pickled), '')} is a pickle, which could run any "
+                "code; only safetensors are read")
+        raise InputError(f"{path}: no weights (*.safetensors) in this folder")
+    index = folder / "model.safetensors.index.json"
+    if weights and "model.safetensors" not in names and index.is_file():
+        check_shards(index, names)
+
+
+def check_shards(index, names):
+    """Raise InputError unless all shards that an index names are safetensors in its own folder.
+
+    transformers alone would open a pickle that the index names, or a file elsewhere.
+    """
+    with naming(index, "cannot be read"):
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        wrong = [s for s in shards if s not in names or not s.endswith(".safetensors")]
+    require(not wrong,
+            f"{index}: {next(iter(wrong), '')!r} is no *.safetensors file in this folder")
+
+
+@torch.no_grad()
+def check_causal(path, model):
+    """Raise InputError when a token changes what is predicted before it, as in BERT."""
+    ids = torch.tensor([[2, 3, 4, 5], [2, 3, 4, 6]], device=model.device) % vocabulary(model)
+    with naming(path, f"{type(model).__name__} does not turn tokens into logits"):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        change = (logits[0] - logits[1]).abs().amax(-1)
+    tolerance = torch.finfo(model.dtype).eps ** 0.5
+    require(not change[:-1].max() > tolerance * change[-1], f"{path}: {type(model).__name__} looks "
+            "at later tokens; not a causal (left-to-right) language model")
+
+
+@torch.no_grad()
+def check_generation(path, model):
+    """Raise InputError unless generate(), from its cache and beside padding, has the logits of a
+    plain forward pass. (State-space models may go wrong: padding passes through their state.)"""
+    ids = torch.arange(2, 13, device=model.device) % vocabulary(model)
+    texts = [ids[:8], ids]  # one batch, the first padded on the left
+    padded = torch.stack([torch.cat([ids[8:], ids[:8]]), ids])
+    mask = torch.ones_like(padded)
+    mask[0, :3] = 0
+    with naming(path, f"{type(model).__name__} cannot generate"):
+        new = model.generate(
+            padded, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
+            num_beams=1, stop_strings=None, pad_token_id=0, output_logits=True,
+            return_dict_in_generate=True)
+        cached = torch.stack(new.logits, 1).float()
+        written = new.sequences[:, len(ids):]
+        plain = [model(input_ids=torch.cat([text, more])[None], use_cache=False).logits[0, -4:-1]
+                 for text, more in zip(texts, written)]
+        plain = torch.stack(plain).float()
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * plain.nan_to_num().abs().max().item()
+    require(torch.allclose(cached, plain, rtol=0, atol=tolerance, equal_nan=True),
+            f"{path}: {type(model).__name__} gives other logits from its cache, or beside padding, "
+            "than without; what it generates cannot be trusted, so it is not evaluated")
+
+
+def load_config(path):
+    with naming(path, "config.json cannot be used"):
+        config = AutoConfig.from_pretrained(path, **SAFE)
+        name = str((config.architectures or ["ForCausalLM"])[0])
+    require(not config.is_encoder_decoder and name.endswith(("ForCausalLM", "LMHeadModel")),
+            f"{path}: config.json: {name} is not a causal (left-to-right) language model")
+    return config
+
+
+def load_tokenizer(path):
+    folder = Path(path)
+    there = not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
+    require(there, f"{path}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)})")
+    with naming(path, "the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
+    require(tokenizer.eos_token_id is not None,
+            f"{path}: the tokenizer has no EOS token, so an answer has no end; set eos_token")
+    require(not isinstance(tokenizer.chat_template, dict),
+            f"{path}: the tokenizer has several chat templates; keep one, as a string")
+    return tokenizer
+
+
+def check_savable(path, model):
+    """Try before training what saving needs: that transformers writes this config again."""
+    with naming(path, "a model with this config.json could not be saved"):
+        with tempfile.TemporaryDirectory() as scratch:
+            model.config.save_pretrained(scratch)
+        model_files(path)
+
+
+def model_files(path):
+    """The config, generation config and tokenizer files of a folder or hub name: unlearning
+    changes none of them."""
+    return own_files(Path(cached_file(str(path), "config.json")).parent)
+
+
+def fingerprint(path):
+    """What a run starts from, however its path is spelled: a hash of a folder's config and
+    weights, or the commit of a hub name."""
+    folder = Path(cached_file(str(path), "config.json")).parent
+    if not Path(path).exists():
+        return folder.name
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def merged(model):
+    """The plain model and its [(name, tensor)] to save; of a PEFT model, with the adapters merged
+    into the weights meanwhile."""
+    adapted = hasattr(model, "merge_adapter")
+    plain = model.get_base_model() if adapted else model
+    if adapted:
+        model.merge_adapter()
+    persistent = plain.state_dict().keys()
+    named = [*plain.named_parameters(), *(x for x in plain.named_buffers() if x[0] in persistent)]
+    yield plain, [(name.replace(".base_layer.", "."), tensor) for name, tensor in named
+                  if not adapted or ".lora_" not in name]
+    if adapted:
+        model.unmerge_adapter()

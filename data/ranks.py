@@ -1,0 +1,150 @@
+"""Talking to the other processes under torchrun; without torchrun there is one, of rank 0."""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from .errors import InputError, naming, require
+
+PARENT = os.getppid()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first():
+    return rank() == 0
+
+
+def start(name):
+    """The device of this process, a card of its own where there are several; joins the others
+    under torchrun."""
+    with naming(f"--device {name}"):
+        device = torch.device(name)
+        if device.type == "cuda":
+            require(torch.cuda.is_available(), f"--device {name}: torch finds no GPU here")
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device).item()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def together():
+    """An InputError inside, on whichever rank, is raised on all of them, the lowest rank's."""
+    error = None
+    try:
+        yield
+    except InputError as e:
+        error = e
+    errors = [error and str(error)]
+    if dist.is_initialized():
+        errors = [None] * world()
+        dist.all_gather_object(errors, error and str(error))
+    if message := next(filter(None, errors), None):
+        raise InputError(message)
+
+
+def from_first(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def any_rank(flag, device):
+    if not dist.is_initialized():
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def summed(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def orphaned():
+    """Whether torchrun, which started this process, is gone."""
+    return "RANK" in os.environ and os.getppid() != PARENT
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def spread(function, model, items, *args):
+    """function(model, items, *args), each rank doing its share; every rank gets all results, in
+    the order of items."""
+    count = world()
+    results = [function(model, items[rank()::count], *args)]
+    if count > 1:
+        mine, results = results[0], [None] * count
+        dist.all_gather_object(results, mine)
+    return [results[i % count][i // count] for i in range(len(items))]
+
+
+def say(text):
+    """Print what one rank is enough for; nobody needs to be there to read it."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # as in `python eval.py ... | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(batches, what):
+    """A bar for what takes over a second; none when stderr is no terminal."""
+    return tqdm(batches, desc=what, delay=1, leave=False, disable=not first() or None)
+
+
+# Tensors that are spread over the ranks
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors):
+    """{name: whole tensor on the CPU} on rank 0, one at a time; {} on the others.
+
+    Raises FloatingPointError on all ranks when a number is not finite: that is never saved.
+    """
+    kept = {}
+    for name, tensor in tensors:
+        if any_rank(not local(tensor).isfinite().all(), tensor.device):
+            raise FloatingPointError(f"a weight of {name}")
+        tensor = whole(tensor)
+        if first():
+            kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def placed(tensor, like):
+    """Rank 0's whole tensor, laid out over the ranks as `like` is."""
+    tensor = torch.empty(like.shape) if tensor is None else tensor
+    tensor = tensor.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor

@@ -1,0 +1,267 @@
+"""From a data file to checked records. What is refused about data, and why, is told here
+(data/README.md describes the formats)."""
+
+import difflib
+import json
+import re
+import shlex
+from pathlib import Path
+
+from .errors import InputError, naming, require
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+KINDS = {"question": ("question", "answer"), "text": ("text",), "input_ids": ("input_ids",),
+         "prompt": ("prompt", "gt")}
+# How other formats say what is to be learnt. Read past, they would be half understood.
+UNREAD = set("""answer gt labels label attention_mask token_type_ids position_ids loss_mask
+    special_tokens_mask messages conversations conversation response responses completion
+    completions output outputs target targets instruction input context system chosen rejected
+    images image tools""".split())
+
+
+# Which file is meant
+
+def find(path):
+    """The data file that `path` names: itself, with a suffix added, or the one in that folder."""
+    path = Path(path)
+    with naming(path):
+        for suffix in ("", *SUFFIXES) if path.name else ():
+            if path.with_name(path.name + suffix).is_file():
+                return path.with_name(path.name + suffix)
+        if path.is_dir():
+            names = data_files(path)
+            require(len(names) == 1, f"{path}: a folder, where one data file is meant; data files "
+                    f"in it: {', '.join(names[:20]) or 'none'}")
+            return path / names[0]
+        beside = [Path(name).stem for name in data_files(path.parent)]
+    close = difflib.get_close_matches(path.name, beside, n=5, cutoff=0.3) or beside[:5]
+    hint = f"beside it: {', '.join(close)}" if close else "its folder holds no data file"
+    raise InputError(f"{path}: no such data file (tried {', '.join(SUFFIXES)}); {hint}; "
+                     "real TOFU and MUSE: python data/download.py")
+
+
+def data_files(folder):
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p.name for p in inside if p.suffix in SUFFIXES and p.is_file())
+
+
+def retain_beside(forget):
+    """The retain set by TOFU's convention: forget05 -> retain95."""
+    percent = re.fullmatch("forget([0-9]{1,2})", forget.stem)
+    require(percent and int(percent[1]), f"--retain is needed: {forget.name} has no retain set by "
+            "TOFU's naming (forget05 -> retain95); or pass --retain-loss none")
+    return find(forget.with_name(f"retain{100 - int(percent[1]):02d}"))
+
+
+# From a file to records
+
+def read_records(path, kind=None):
+    """The checked records of a data file, dicts of one kind, each with its number under "line".
+
+    `kind` is the field that they must have, if only one will do: question, text, input_ids, prompt.
+    """
+    path = find(path)
+    text = read_text(path)
+    values = [(1, text)] if path.suffix == ".txt" else json_values(path, text)
+    records = [check_record(path, line, value) | {"line": line} for line, value in values]
+    require(records, f"{path}:1: the file holds no record")
+    kind = kind or kind_of(records[0])
+    for record in records:
+        require(kind in record, f"{path}:{record['line']}: a record with {kind_of(record)!r}, "
+                f"where {' and '.join(KINDS[kind])} are needed; a file has records of one kind")
+    return records
+
+
+def read_text(path):
+    """The file as text: UTF-8, a BOM dropped, CRLF as LF."""
+    with naming(path, "cannot be read"):
+        data = path.read_bytes()
+    for sign, (name, command) in FOREIGN.items():
+        found = path.suffix.lower() == sign if isinstance(sign, str) else data.startswith(sign)
+        require(not found, f"{path}:1: {name}, not JSON; {conversion(path, command)}")
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise InputError(f"{path}:{line}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+    before, nul, _ = text.partition("\0")
+    line = before.count("\n") + 1
+    require(not nul, f"{path}:{line}: a NUL byte, so no text; perhaps UTF-16: save it as UTF-8")
+    return text
+
+
+# The formats of others, with the shell line that makes JSON lines of them.
+PANDAS = ("python -c \"import sys, pandas; pandas.%s.to_json(sys.argv[2], orient='records', "
+          "lines=True)\" {old} {new}")
+STRINGS = "dtype=str, keep_default_na=False, na_values=''"  # an answer may be 1958, or None
+FOREIGN = {  # how such a file begins, or its suffix
+    b"PAR1": ("parquet", PANDAS % "read_parquet(sys.argv[1])"),
+    b"ARROW1": ("arrow", PANDAS % "read_feather(sys.argv[1])"),
+    b"\xff\xff\xff\xff": ("arrow", 'python -c "import sys, datasets; datasets.Dataset.from_file('
+                          'sys.argv[1]).to_json(sys.argv[2])" {old} {new}'),
+    b"\x1f\x8b": ("gzip", "gunzip -c < {old} > {new}"),
+    b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd -c < {old} > {new}"),
+    b"PK\3\4": ("zip", "unzip -p {old} > {new}"),
+    ".csv": ("CSV", PANDAS % f"read_csv(sys.argv[1], {STRINGS})"),
+    ".tsv": ("TSV", PANDAS % f"read_csv(sys.argv[1], sep='\\t', {STRINGS})"),
+}
+COLUMNS = PANDAS % "read_json(sys.argv[1], dtype=False)"
+RENAMED = "sed 's/\"prompt\" *:/\"question\":/g; s/\"completion\" *:/\"answer\":/g' {old} > {new}"
+
+
+def conversion(path, command):
+    """The shell line for this file; it never writes over the file itself."""
+    packed = path.suffix.lower() in (".gz", ".zip", ".zst")
+    new = path.with_suffix("" if packed else ".jsonl")
+    new = new if new != path else path.with_name(f"new_{path.name}")
+    return "convert it: " + command.format(old=shlex.quote(str(path)), new=shlex.quote(str(new)))
+
+
+def json_values(path, text):
+    """[(line, value)] of a JSON array, or of values one after the other, as JSON lines are."""
+    def refuse(what):
+        raise InputError(f"{path}:{line}: not JSON: {what}; one object a line is read, or one "
+                         "array; is the file cut off?")
+
+    decode, skip_blanks = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*").match
+    values, line, counted = [], 1, 0
+    at = skip_blanks(text).end()
+    array = text.startswith("[", at)
+    if array:
+        at = skip_blanks(text, at + 1).end()
+    while at < len(text) and not (array and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decode(text, at)
+        except (ValueError, RecursionError) as e:
+            refuse(getattr(e, "msg", e))
+        values.append((line, value))
+        at = skip_blanks(text, at).end()
+        if array and text.startswith(",", at):
+            at = skip_blanks(text, at + 1).end()
+        elif array and not text.startswith("]", at):
+            refuse("no ',' or ']' after this value")
+    if array and text[at:].strip() != "]":
+        refuse("the array does not end, or there is text after its end")
+    return values
+
+
+def kind_of(record):
+    return next((kind for kind in KINDS if kind in record), None)
+
+
+def check_record(path, line, record):
+    """The record without its null fields, once it is known to be sound."""
+    where = f"{path}:{line}"
+    record = {"text": record} if isinstance(record, str) else record
+    require(isinstance(record, dict),
+            f"{where}: a record must be a JSON object, not {type(record).__name__}")
+    names = ", ".join(map(ascii, list(record)[:8])) or "no field"
+    record = {name: value for name, value in record.items() if value is not None}
+    kind = kind_of(record)
+    if [type(record.get(name)) for name in ("prompt", "completion")] == [str, str]:
+        raise InputError(f"{where}: prompt and completion, where question and answer are meant; "
+                         + conversion(path, RENAMED))
+    require(kind, f"{where}: no known field; a record has question and answer, or text, or "
+            f"input_ids; this one has {names}")
+    fields = {name: record.get(name) for name in KINDS[kind]}
+    column = dict if kind == "input_ids" else (dict, list)
+    if all(isinstance(value, column) for value in fields.values()):
+        raise InputError(f"{where}: columns, as pandas writes them, not records; "
+                         + conversion(path, COLUMNS))
+    unread = ", ".join(sorted((UNREAD | KINDS.keys()) & record.keys() - fields.keys()))
+    require(not unread, f"{where}: {unread} beside {kind}: says what to learn, too, and is not "
+            "read; take it out of the records, or write question and answer")
+    if kind == "input_ids":
+        ids = record["input_ids"]
+        numbers = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+        require(numbers and len(ids) > 1,
+                f"{where}: input_ids must be a list of two or more token numbers")
+        return record
+    if "paraphrased_answer" in record:
+        fields["paraphrased_answer"] = record["paraphrased_answer"]
+    if "perturbed_answer" in record:
+        answers = record["perturbed_answer"]
+        require(isinstance(answers, list) and answers,
+                f"{where}: perturbed_answer must be a list of strings, with one at least")
+        fields |= {f"perturbed_answer[{i}]": answer for i, answer in enumerate(answers)}
+    for name, value in fields.items():
+        require(value is not None, f"{where}: {name} is missing")
+        require(isinstance(value, str), f"{where}: {name} is {type(value).__name__}, not a string")
+        require(value.strip(), f"{where}: {name} is empty")
+        require(not re.search("[\ud800-\udfff]", value),
+                f"{where}: {name} holds half of a UTF-16 surrogate pair, which is no character")
+    return record
+
+
+# Examples
+
+def require_fit(examples, limit, max_length, vocab_size):
+    """Raise InputError, with file:line, for an Example that is too long or has unknown tokens."""
+    long = [e for e in examples if len(e.input_ids) > max_length]
+    for e in long[:1]:
+        raise InputError(f"{e.where}: {len(e.input_ids)} tokens do not fit {limit} {max_length} "
+                         f"({len(long)} of {len(examples)} are too long); nothing is cut silently")
+    for e in examples:
+        highest = max(e.input_ids)
+        require(highest < vocab_size, f"{e.where}: token {highest} is not in this model's "
+                f"vocabulary of {vocab_size} tokens")
+
+
+def check_disjoint(forget, retain):
+    """Raise InputError when an example is in both sets: it cannot be forgotten and kept."""
+    seen = {tuple(e.input_ids): e.where for e in retain}
+    for e in forget:
+        other = seen.get(tuple(e.input_ids))
+        require(other is None, f"{e.where}: this record is also in the retain set ({other}); take "
+                "it out of one of them")
+
+
+# The files that evaluation needs
+
+BESIDE = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed",
+          "world_facts": "world_facts_perturbed"}
+
+
+def tofu_files(forget):
+    """The evaluation files that belong to a TOFU forget file: {split: path}.
+
+    Its own perturbed version, those beside it, and if there is one its holdout (forget05:
+    holdout05), which neither the target nor the reference has seen.
+    """
+    stem = forget.stem.removesuffix("_perturbed")
+    files = {}
+    for split, name in {"forget": f"{stem}_perturbed", **BESIDE}.items():
+        try:
+            files[split] = find(forget.with_name(name))
+        except InputError as e:
+            raise InputError(f"{e}; TOFU's evaluation needs this file beside {forget}") from None
+    holdout = stem.replace("forget", "holdout")
+    if holdout != stem and {holdout + s for s in SUFFIXES} & {*data_files(forget.parent)}:
+        files["holdout"] = find(forget.with_name(holdout))
+    return files
+
+
+def tofu_records(split, path, limit):
+    """The first records of an evaluation file, each with false answers but in the holdout."""
+    records = read_records(path, "question")[:limit]
+    for record in records if split != "holdout" else ():
+        require("perturbed_answer" in record,
+                f"{path}:{record['line']}: no perturbed_answer, which the truth ratio needs")
+    return records
+
+
+MUSE_FILES = {  # with the field that their records have
+    "verbmem/forget": "prompt", "privleak/forget": None, "privleak/holdout": None,
+    "knowmem/forget_qa": "question", "knowmem/forget_qa_icl": "question",
+    "knowmem/retain_qa": "question", "knowmem/retain_qa_icl": "question"}
+
+
+def muse_files(folder):
+    """The paths of a MUSE corpus's evaluation files, all of them sound."""
+    require((folder / "verbmem").is_dir(), f"{folder}: no MUSE folder: verbmem, knowmem and "
+            "privleak are expected in it; the real ones: python data/download.py")
+    files = {find(folder / name): kind for name, kind in MUSE_FILES.items()}
+    for path, kind in files.items():
+        read_records(path, kind)
+    return list(files)

@@ -1,0 +1,306 @@
+"""A training run's folder: who owns it, what is in it, and how a run goes on from it.
+
+    args.json                        what determines the result; a resumed run must have the same
+    metrics.jsonl                    a line a step, and a line an epoch
+    checkpoint-NNNNNNNN.safetensors  weights and optimizer state after that step, until the end
+    config.json, *.safetensors ...   the finished model; config.json comes last
+
+Under torchrun rank 0 alone reads and writes it: other machines need not see the same disk.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from . import builtin, ranks
+from .errors import HELP, Failure, caught_signals, cause, in_short, naming, require
+from .files import HALF_DONE, check_writable, filling, owned
+from .models import check_model_folder, fingerprint, model_files
+from .records import find
+
+# Arguments that do not change the result, or whose content is compared instead of their spelling.
+FREE = {"output", "resume", "save_every", "snapshots", "max_tokens", "checkpointing", "compile",
+        "device", "mini", "kl", "forget", "retain", "model", "init"}
+LOCK = ".lock"
+CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+# Before a run
+
+def check(args, forget, retain, parameters):
+    """Raise InputError unless the output is new or holds this very run, and has room; makes the
+    built-in start model. Returns the settings to keep in args.json, None if the run is complete.
+    """
+    output, start = args.output, args.init or args.model
+    settings = {key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(args).items()
+                if key not in FREE or key in ("forget", "retain", "model", "init")}
+    for name, examples in (("forget data", forget), ("retain data", retain)):
+        content = repr([(e.input_ids, e.start) for e in examples]).encode()
+        settings[name] = hashlib.sha256(content).hexdigest()[:16]
+    if ranks.first():
+        check_output(output, args.resume)
+        compare(output, settings)
+        if (output / "config.json").exists():
+            check_complete(output, model_files(builtin.TOKENIZER if args.mini else start))
+            if not args.mini:
+                compare(output, settings | {"start": fingerprint(start)})
+            return None
+        check_room(output, parameters * (2 if args.bf16_weights else 4))
+    if args.mini:
+        builtin.make(Path(args.model))
+        check_model_folder(start, weights=True)  # its results may have outlived it
+    settings["start"] = fingerprint(start)
+    if ranks.first():
+        compare(output, settings)
+    return settings
+
+
+def check_output(output, resume):
+    """An output folder is new or empty, or holds the run to resume; and it can be written to."""
+    with naming(output, "not a name for a folder"):
+        names = {p.name for p in output.iterdir()} if output.is_dir() else set()
+        require(output.is_dir() or not output.exists(),
+                f"{output}: a file, where --output needs a folder")
+    check_writable(output)
+    names -= {LOCK, HALF_DONE}
+    if resume:
+        require(output.exists() and (not names or "args.json" in names), f"{output}: no run to "
+                "resume in this folder (there is no args.json); leave out --resume, or pass "
+                "another --output")
+    else:
+        require(not names, f"{output}: already holds a run or other files; pass another --output, "
+                "--resume, or delete it")
+
+
+def compare(output, settings):
+    """Raise InputError if the run that was begun here had other arguments, data or weights."""
+    path = output / "args.json"
+    with naming(path, "cannot be read, so the run cannot be resumed"):
+        before = json.loads(path.read_text()) if path.exists() else {}
+        changed = [f"{key.replace('_', '-')} was {value}, is {settings[key]}"
+                   for key, value in before.items()
+                   if key not in FREE and key in settings and settings[key] != value]
+    require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
+
+
+def check_room(output, size):
+    """Two checkpoints, each with two moments, and the model; one checkpoint may be there by now."""
+    there = sum(path.stat().st_size for path in checkpoints(output))
+    free, needed = shutil.disk_usage(check_writable(output)).free + there, 7 * size
+    require(free >= needed, f"{output}: {free / 2**30:.1f} GiB free on that disk, two checkpoints "
+            f"and the model need {needed / 2**30:.1f} GiB; pass another --output")
+
+
+def check_complete(output, files):
+    """Raise InputError if a run ended here, but what it made is gone."""
+    check_model_folder(output, weights=True)
+    gone = sorted(file.name for file in files if not (output / file.name).exists())
+    require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
+
+
+def is_complete(output, settings):
+    """Whether the run is complete. InputError if the ranks do not have the same run before them."""
+    first = ranks.from_first(settings)
+    if first is None:
+        tidy(output)
+        ranks.say(f"{output}: this run is complete")
+        return True
+    with ranks.together():
+        other = [key for key in settings if key not in FREE and settings[key] != first[key]]
+        require(not other, f"{output}: rank {ranks.rank()} has another {', '.join(other)} than "
+                "rank 0; all machines need the same files")
+    return False
+
+
+# During a run
+
+@contextlib.contextmanager
+def going_on(args, settings, total):
+    """What is around the loop: gives the step to start from, log(**record), and the list of signals
+    caught.
+
+    The output has one owner; SIGINT, SIGTERM and SIGHUP are only noted; what fails names the
+    checkpoint to go on from.
+    """
+    output, start = args.output, 0
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.first():
+                stack.enter_context(owned(
+                    output / LOCK, f"{output}: another process is training into this folder; "
+                    "wait for it, or pass another --output"))
+                check_output(output, args.resume)  # nobody was here meanwhile
+                compare(output, settings)
+                require(not (output / "config.json").exists(),
+                        f"{output}: finished by another process meanwhile")
+                start = newest_step(output, total)
+        start = ranks.from_first(start)
+        caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        bar = stack.enter_context(tqdm(total=total, initial=start, desc=str(output), unit="step",
+                                       disable=not ranks.first() or None))
+        try:
+            with opened_log(args, settings, start, bar) as log:
+                yield start, log, caught
+        except Exception as e:
+            if not cause(e):
+                raise
+            # What all ranks find alike stays what it is, so that only one prints it.
+            kind = FloatingPointError if cause(e) == "not finite" else Failure
+            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; "
+                       f"{last_checkpoint(output)}; {HELP[cause(e)]}") from None
+
+
+@contextlib.contextmanager
+def opened_log(args, settings, start, bar):
+    """log(**record) writes a line of metrics.jsonl, cut back to the step that the run starts from.
+
+    One's own tracker (wandb, TensorBoard ...) goes into `log`.
+    """
+    path, began = args.output / "metrics.jsonl", time.time()
+    if ranks.first():
+        write(args.output / "args.json", json.dumps(settings, indent=1) + "\n")
+        lines = path.read_text(errors="replace") if path.exists() and start else ""
+        kept = (line for line in lines.splitlines(keepends=True) if is_of_steps(line, start))
+        write(path, "".join(kept))
+    with open(path if ranks.first() else os.devnull, "a", buffering=1) as file:
+        def log(**record):
+            record = {key: value if not isinstance(value, float) or math.isfinite(value) else None
+                      for key, value in record.items()}  # JSON has no NaN
+            file.write(json.dumps(record) + "\n")
+            if "lr" in record:
+                losses = ("forget_loss", "retain_loss")
+                bar.set_postfix({k: f"{record[k]:.3g}" for k in losses if k in record})
+                bar.n = record["step"]
+                bar.update(0)
+        yield log
+    if ranks.first() and (args.output / "config.json").exists():
+        report(args, time.time() - began)
+
+
+def is_of_steps(line, start):
+    """Whether a line of metrics.jsonl is whole and was written before the probe of step `start`,
+    which comes again."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        record = json.loads(line)
+        earlier = record["step"] < start or record["step"] == start and "epoch" not in record
+        return line.endswith("\n") and earlier
+    return False
+
+
+def write(path, text):
+    with filling(path.parent) as scratch:
+        (scratch / path.name).write_text(text)
+
+
+def stopped(caught, step, total):
+    """Say so, and give the exit status."""
+    ranks.say(f"Stopped after step {step} of {total}; go on with the same command and --resume")
+    return 128 + (caught or [signal.SIGTERM])[0]
+
+
+def is_due(every, step, epochs):
+    """Whether something done every so many steps, or epochs, is done after this step."""
+    count, in_epochs = every
+    done = epochs.get(step) if in_epochs else step
+    return bool(count and done) and done % count == 0
+
+
+# Checkpoints
+
+def checkpoints(output):
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name))
+
+
+def last_checkpoint(output):
+    found = checkpoints(output)
+    if not found:
+        return "there is no checkpoint yet"
+    return f"{found[-1].name} is whole, go on from it with --resume"
+
+
+def newest_step(output, total):
+    """The step of the newest checkpoint, 0 without one."""
+    steps = [(int(CHECKPOINT.fullmatch(path.name)[1]), path) for path in checkpoints(output)]
+    step, path = max(steps, default=(0, None))
+    require(step <= total, f"{path}: not a checkpoint of this run, which has {total} steps")
+    return step
+
+
+def put_checkpoint(output, step, tensors, about):
+    """Write a checkpoint file, then remove the ones before."""
+    path = output / f"checkpoint-{step:08d}.safetensors"
+    with filling(output) as scratch:
+        about = {key: json.dumps(value) for key, value in {**about, "step": step}.items()}
+        save_file(tensors, scratch / path.name, about)
+    for old in filter(Path.is_file, checkpoints(output)):
+        if old != path:
+            old.unlink()
+
+
+def get_checkpoint(output, step, shapes):
+    """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
+    weights of these {name: shape}, and the moments of those that were trained."""
+    if not step:
+        return {}, None
+    path, *older = checkpoints(output)[::-1]
+    hint = f" (delete it to go on from {older[0].name})" if older else ""
+    with naming(path, f"not a whole checkpoint of this run{hint}"), safe_open(path, "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
+        shapes = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
+                           for name in trained for moment in ("exp_avg", "exp_avg_sq")}
+        held = {name: tensor.shape for name, tensor in tensors.items()}
+        counts = range(step + 1) if trained else [0]  # without steps that fp16 skipped
+        if about["step"] != step or about["adam_step"] not in counts or held != shapes:
+            raise ValueError("its steps, or its tensors' names or shapes, are others")
+    return tensors, about
+
+
+# The end
+
+def tidy(output):
+    """Remove what only an unfinished run needs, and what one that was killed has left half done."""
+    if ranks.first():
+        for folder in (output, *output.glob("step-*")):
+            shutil.rmtree(folder / HALF_DONE, ignore_errors=True)
+        for path in (output / LOCK, *filter(Path.is_file, checkpoints(output))):
+            path.unlink(missing_ok=True)
+
+
+def report(args, seconds):
+    """What came of it, and what to do next."""
+    records = [json.loads(line) for line in (args.output / "metrics.jsonl").open()]
+    probes = [r for r in records if "epoch" in r]
+    changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
+               for name in ("forget_prob", "retain_prob") if name in probes[0]]
+    skipped = sum("skipped" in r for r in records)
+    ranks.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
+              + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
+    if args.forget and (data := evaluation_flags(args, find(args.forget))):
+        ranks.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
+
+
+def evaluation_flags(args, forget):
+    """How eval.py is told of this data; none for data that has no evaluation files beside it."""
+    if forget.parent.name == "raw":  # MUSE
+        return ["--muse", str(forget.parent.parent)]
+    if not forget.with_name(f"{forget.stem}_perturbed{forget.suffix}").exists():
+        return []
+    prompt = {f"--{name}": getattr(args, name) for name in ("template", "system", "date")}
+    given = [word for flag, value in prompt.items() if value for word in (flag, value)]
+    return ["--forget", args.forget, *given]

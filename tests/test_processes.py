@@ -1,0 +1,484 @@
+"""Several processes: on one output, under torchrun, killed, signalled, piped. One line, no loss."""
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (ROOT, SERVER, end_of, free_port, log, run, start, stop_after, weights,
+                      write_data, write_lines, write_model, write_tofu)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import train
+from data import builtin, ranks, results, runs
+
+RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
+       "--batch-size 2 --save-every 1 --output run")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model, data to train on, and TOFU files."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "model", num_hidden_layers=1)
+    write_data(folder / "data")
+    for name in ("tofu", "other"):
+        write_tofu(folder / name, n=3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def words(text, world):
+    return shlex.split(text.format(world))
+
+
+def assert_one_line(result, status, *culprits):
+    assert result[0] == status, result
+    assert result[1].startswith("error: ") and result[1].count("\n") == 1, result[1]
+    assert all(culprit in result[1] for culprit in culprits), result[1]
+
+
+def names(folder):
+    return {p.name for p in Path(folder).iterdir()}
+
+
+# One owner at a time
+
+def at_a_gate(name, step):
+    """In its step number `step` the run makes a file `name`, and waits until that is gone."""
+    update, steps = train.update, []
+
+    def waiting(*args):
+        steps.append(1)
+        if len(steps) == step:
+            Path(name).touch()
+            wait_until(lambda: not Path(name).exists())
+        return update(*args)
+    train.update = waiting
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_two_trainings_into_one_folder(world):
+    """The second is told so, whether it resumes or not, and the first loses nothing."""
+    argv = words(f"{RUN} --epochs 2", world)
+    assert run([*argv[:-4], "--output", "alone", *argv[-2:]])[0] == 0
+    first = start(argv, at_a_gate, "gate", 2)
+    wait_until(Path("gate").exists)
+    before = {p: p.read_bytes() for p in Path("run").iterdir()}
+    assert_one_line(run([*argv, "--resume"]), 2,
+                    "run: another process is training into this folder")
+    assert_one_line(run(argv), 2, "run: already holds a run")
+    assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    Path("gate").unlink()
+    assert end_of(*first) == (0, "")
+    assert names("run") == names("alone")
+    assert all(t.equal(weights(Path("alone"))[name]) for name, t in weights(Path("run")).items())
+
+
+def wait_before(name, path):
+    """Every call of this function of data.runs is made only once `path` exists."""
+    function = getattr(runs, name)
+
+    def waiting(*args):
+        Path(path + ".wait").touch()
+        wait_until(Path(path).exists)
+        return function(*args)
+    setattr(runs, name, waiting)
+
+
+def test_a_second_training_that_comes_when_the_first_is_done(world):
+    """Between its check of the output and its own start, another run has begun and ended there."""
+    argv = words(f"{RUN} --epochs 1", world)
+    second = start(argv, wait_before, "fingerprint", "done")
+    wait_until(Path("done.wait").exists)
+    assert run(argv)[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").iterdir()}
+    Path("done").touch()
+    assert_one_line(end_of(*second), 2, "run: already holds a run")
+    assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+
+
+def slow_reading():
+    """Between reading an eval.json and writing it there is time for another process."""
+    read_json = results.read_json
+
+    def slow(path):
+        value = read_json(path)
+        time.sleep(0.2)
+        return value
+    results.read_json = slow
+
+
+def test_two_evaluations_into_one_file(world):
+    shutil.copytree(world / "model", "model")
+    Path("model/eval.json").write_text('{"model": "model", "evaluations": {"tofu x": {}}}')
+    commands = [f"model --forget {world}/{name}/forget05 --max-new-tokens 2"
+                for name in ("tofu", "other")]
+    both = [start(shlex.split(c), slow_reading, program="eval") for c in commands]
+    assert [end_of(*each) for each in both] == [(0, ""), (0, "")]
+    saved = json.loads(Path("model/eval.json").read_text())["evaluations"]
+    assert len(saved) == 3 and [len(e["values"]["forget"]) for e in saved.values() if e] == [3, 3]
+    assert names("model") == {*names(world / "model"), "eval.json"}
+
+
+MAKER = """
+import sys
+from test_processes import quick_builtin, train
+quick_builtin({data!r}, __file__)
+open("made", "a").write("once\\n")
+sys.exit(train.main())
+"""
+
+
+def quick_builtin(data, program):
+    """The built-in models are made by this program, in an epoch, of other data."""
+    builtin.DATA, builtin.TRAIN = Path(data), program
+    builtin.BASE = builtin.FINETUNE = builtin.UNLEARN = {"lr": 1e-3, "epochs": 1}
+
+
+def test_two_first_commands(world, tmp_path):
+    """Both need runs/target: one makes it, and runs/base, and the other waits."""
+    data = tmp_path / "data"
+    write_data(data)
+    (data / "forget25.jsonl").rename(data / "forget01.jsonl")
+    (data / "retain75.jsonl").rename(data / "retain99.jsonl")
+    shutil.copy(data / "full.jsonl", data / "base.jsonl")
+    maker = tmp_path / "maker.py"
+    maker.write_text(MAKER.format(data=str(data)))
+    both = [start(["--forget", f"{data}/forget01", "--output", name], quick_builtin, data, maker)
+            for name in ("one", "two")]
+    assert [end_of(*each) for each in both] == [(0, ""), (0, "")]
+    assert Path("made").read_text() == "once\n" * 2
+    assert names("runs") == {"base", "target"} and "config.json" in names("runs/target")
+    one, two = weights(Path("one")), weights(Path("two"))
+    assert all(one[name].equal(two[name]) for name in one)
+
+
+# Ranks
+
+def one_rank(connection, rank, port, argv, interfere):
+    """What each rank does. Its folder is its own, as on a machine without a common disk."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    Path(f"rank{rank}").mkdir(exist_ok=True)
+    os.chdir(f"rank{rank}")
+    torch.set_num_threads(1)
+    ranks.PARENT = os.getppid()
+    if interfere:
+        interfere[0](rank, *interfere[1:])
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = train.main(argv)
+    connection.send((status, err.getvalue()))
+    os._exit(0)  # as a process that has ended: the connections to the others are closed
+
+
+def two_ranks(argvs, *interfere):
+    """[(status, stderr)] of two ranks, each with its own arguments."""
+    port, both = free_port(), []
+    for rank, argv in enumerate(argvs):
+        here, there = SERVER.Pipe(duplex=False)
+        child = SERVER.Process(target=one_rank, args=(there, rank, port, argv, interfere))
+        child.start()
+        there.close()
+        both.append((child, here))
+    ended = []
+    for child, connection in both:
+        child.join(60)
+        assert child.exitcode is not None, "hangs"
+        ended.append(connection.recv())
+    return ended
+
+
+def test_the_first_rank_has_the_output(world):
+    """Only its disk counts: what others hold in their folder of that name is never looked at."""
+    argv = words(f"{RUN} --epochs 2", world)
+    assert two_ranks([argv, argv]) == [(0, ""), (0, "")]
+    assert names("rank1") == set()
+    expected = weights(Path("rank0/run"))
+    Path("rank0/run").rename("expected")
+    assert two_ranks([argv, argv], stop_in_both, 3) == [(143, ""), (143, "")]
+    # The other has a run of its own there, of another step and with other settings.
+    shutil.copytree("rank0/run", "rank1/run")
+    checkpoint = Path("rank1/run/checkpoint-00000003.safetensors")
+    checkpoint.rename(checkpoint.with_name("checkpoint-00000002.safetensors"))
+    Path("rank1/run/args.json").write_text('{"lr": 7}')
+    before = {p: p.read_bytes() for p in Path("rank1/run").iterdir()}
+    assert two_ranks([[*argv, "--resume"]] * 2) == [(0, ""), (0, "")]
+    assert all(t.equal(expected[name]) for name, t in weights(Path("rank0/run")).items())
+    assert {p: p.read_bytes() for p in Path("rank1/run").iterdir()} == before
+    assert two_ranks([[*argv, "--resume"]] * 2) == [(0, ""), (0, "")]  # it is complete
+    # Damaged, or in use: all end, and one says why.
+    shutil.rmtree("rank0/run")
+    assert two_ranks([argv, argv], stop_in_both, 3) == [(143, ""), (143, "")]
+    os.truncate("rank0/run/checkpoint-00000003.safetensors", 1000)
+    first, second = two_ranks([[*argv, "--resume"]] * 2)
+    assert_one_line(first, 2, "not a whole checkpoint")
+    assert second == (2, "")
+
+
+def stop_in_both(rank, step):
+    train.update = stop_after(step)
+
+
+def test_ranks_must_have_the_same_files(world, tmp_path):
+    """A mistake on any one of them is said by the first alone, and ends all."""
+    argv = words(f"{RUN} --epochs 1", world)
+    write_lines(tmp_path / "short.jsonl", [{"question": "Who?", "answer": "He."}] * 4)
+    write_model(tmp_path / "twin", seed=1, num_hidden_layers=1)
+    for more, culprit in ((f"--forget {tmp_path}/short", "rank 1 has another forget data"),
+                          (f"--model {tmp_path}/twin", "rank 1 has another start"),
+                          ("--lr 1", "rank 1 has another lr"), ("--forget no", "no such data file"),
+                          ("--model no/such/model", "no/such/model: no such folder")):
+        first, second = two_ranks([argv, [*argv, *more.split()]])
+        assert_one_line(first, 2, culprit)
+        assert second == (2, "")
+    first, second = two_ranks([[*argv, "--beta", "0"]] * 2)
+    assert_one_line(first, 2, "--beta")
+    assert second == (2, "") and names("rank0") == set()
+
+
+def fail_in(rank, who, step, error):
+    """In this step, one rank or both raise an error, or take a loss that is not finite."""
+    forget_losses, steps = train.forget_losses, []
+
+    def failing(*args):
+        steps.append(1)
+        if len(steps) != step or who not in (rank, "both"):
+            return forget_losses(*args)
+        if error == "NaN":
+            return forget_losses(*args) * float("nan")
+        if error == "memory":
+            torch.empty(2**55, dtype=torch.uint8)
+        raise {"disk": OSError(28, "No space left on device")}[error]
+    train.forget_losses = failing
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("error, culprits", [
+    ("memory", ("out of memory after step 2", "--max-tokens")),
+    ("disk", ("cannot write after step 2", "No space left on device"))])
+def test_one_rank_fails(error, culprits, who, world):
+    """It says why; the other says that it has ended."""
+    argv = words(f"{RUN} --epochs 2", world)
+    ended = two_ranks([argv, argv], fail_in, who, 3, error)
+    assert_one_line(ended[who], 1, *culprits)
+    assert_one_line(ended[1 - who], 1, "another rank has ended after step 2")
+    if who == 1:
+        assert "checkpoint-00000002.safetensors is whole" in ended[0][1]
+
+
+def test_what_is_not_finite_is_said_once(world):
+    argv = words(f"{RUN} --epochs 2", world)
+    first, second = two_ranks([argv, argv], fail_in, 1, 3, "NaN")
+    assert_one_line(first, 1, "not finite after step 2", "checkpoint-00000002", "a lower --lr")
+    assert second == (1, "")
+
+
+# Under torchrun: its own agent, launcher and rendezvous, forked from a process that has torch.
+
+KILLED = RUN + " --epochs 4"
+
+
+def one_killable_rank(connection, argv):
+    """Says its id when it begins to train, and "step" in every step."""
+    ctypes.CDLL(None).prctl(1, 0)  # torchrun's ranks do not die with it, as these would
+    ranks.PARENT = os.getppid()
+    torch.set_num_threads(1)
+    load_checkpoint, update = train.load_checkpoint, train.update
+    train.load_checkpoint = lambda *a: connection.send(os.getpid()) or load_checkpoint(*a)
+    train.update = lambda *a: connection.send("step") or update(*a)
+    with open("stderr", "a") as err, contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = train.main(argv)
+    threading.Thread(target=leave_with_parent, args=(status,), daemon=True).start()
+    if status:
+        sys.exit(status)
+
+
+def leave_with_parent(status):
+    """As a program would: this launcher's functions wait for it when they are done."""
+    while not ranks.orphaned():
+        time.sleep(0.01)
+    os._exit(status)
+
+
+def torchrun(connection, argv):
+    os.setpgid(0, 0)
+    config = LaunchConfig(1, 1, 2, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0,
+                          monitor_interval=0.05)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)  # its own report of what has failed
+    elastic_launch(config, one_killable_rank)(connection, argv)
+
+
+def start_torchrun(argv):
+    """The agent's process, the ranks' ids once they begin to train, and where they say "step"."""
+    here, there = SERVER.Pipe(duplex=False)
+    agent = SERVER.Process(target=torchrun, args=(there, argv))
+    agent.start()
+    there.close()
+    pids = []
+    with contextlib.suppress(EOFError):  # it was complete
+        while len(pids) < 2:
+            pids.append(here.recv())
+    return agent, [pid for pid in pids if pid != "step"], here
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_twenty_kills_under_torchrun(world):
+    """SIGKILL of all, one rank, or torchrun alone, at any time of training, saving and finishing;
+    each time all ranks end, and the run goes on to the weights of one that nothing happened to."""
+    rng, kills, number = random.Random(0), [], 0
+    undisturbed = [*words(KILLED, world), "--output", "undisturbed"]
+    agent, _, said = start_torchrun(undisturbed)
+    agent.join()
+    while len(kills) < 20 or Path(f"run{number}").exists():
+        output = Path(f"run{number}")
+        argv = [*words(KILLED, world), "--output", str(output)]
+        agent, pids, said = start_torchrun([*argv, *["--resume"] * output.exists()])
+        whom = ("all", "one", "torchrun")[len(kills) % 3]
+        if len(kills) < 20 and pids:
+            with contextlib.suppress(EOFError):
+                for _ in range(2 * rng.randrange(6)):  # two ranks say it
+                    said.recv()
+            time.sleep(rng.uniform(0, 0.1))
+            for pid in {"all": [agent.pid, *pids], "one": rng.sample(pids, 1),
+                        "torchrun": [agent.pid]}[whom]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        agent.join(60)
+        wait_until(lambda: not any(map(alive, pids)))
+        if agent.exitcode:
+            kills.append(whom)
+        else:
+            assert_same(output, Path("undisturbed"))
+            number += 1
+    assert kills.count("torchrun") > 5 and kills.count("one") > 5
+    assert "Traceback" not in Path("stderr").read_text()
+
+
+def assert_same(output, expected):
+    assert names(output) == names(expected)
+    assert all(t.equal(weights(expected)[name]) for name, t in weights(output).items())
+    logs = [[{**line, "tokens_per_s": 0} for line in log(x)] for x in (output, expected)]
+    assert logs[0] == logs[1]
+
+
+# Signals and pipes, with the programs as they are started
+
+def program(name, *argv, **options):
+    command = [sys.executable, str(ROOT / name), *map(str, argv)]
+    return subprocess.Popen(command, text=True, env=ENV, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_itself_is_stopped(number, world):
+    """The ranks save, whether torchrun tells them or is gone; going on with one process ends in
+    the same weights but for rounding."""
+    argv = [*words(RUN, world), "--epochs", "1000", "--save-every", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(ROOT / "train.py"), *argv]
+    with open("err", "w") as err:
+        agent = subprocess.Popen(command, env=ENV, stdout=err, stderr=err)
+        wait_until(lambda: Path("run/metrics.jsonl").exists() and len(log(Path("run"))) > 3)
+        agent.send_signal(number)
+        agent.wait(60)
+    wait_until(lambda: list(Path("run").glob("checkpoint-*")) and not Path("run/.lock").exists())
+    assert "train.py\", line" not in Path("err").read_text()
+    assert run([*argv, "--resume"], stop_in_step, 1) == (143, "")
+    steps = [line["step"] for line in log(Path("run")) if "lr" in line]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def stop_in_step(step):
+    train.update = stop_after(step)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_terminal_is_closed(ignored, world):
+    """SIGHUP saves; under nohup, where it is ignored, the run goes on."""
+    argv = words(f"{RUN} --epochs 2 --save-every 0", world)
+    if not ignored:
+        assert run(argv, hang_up, False) == (129, "")
+        assert [p.name
+                for p in runs.checkpoints(Path("run"))] == ["checkpoint-00000002.safetensors"]
+    else:
+        assert run(argv, hang_up, True) == (0, "")
+
+
+def hang_up(ignored):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    train.update = stop_after(2, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+@pytest.mark.parametrize("after", [0.1, 0.5, 1, 2])
+def test_ctrl_c_while_the_libraries_load(name, after, world):
+    argv = words(RUN, world) if name == "train.py" else [
+        f"{world}/model", "--forget", f"{world}/tofu/forget05"]
+    child = program(name, *argv, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler))
+    time.sleep(after)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert out == "" and err in ("", "error: interrupted\n"), err
+    assert child.returncode in (-signal.SIGINT, 130) and not Path("run").exists()
+
+
+def test_a_reader_that_goes_away(world):
+    """As `| head -1` does: no traceback, and the work is done."""
+    shutil.copytree(world / "model", "model")
+    commands = [("eval.py", "model", "--forget", world / "tofu" / "forget05", "--limit", 2,
+                 "--max-new-tokens", 2), ("train.py", *words(f"{RUN} --epochs 1", world)),
+                ("train.py", "--help")]
+    children = [program(*command) for command in commands]
+    for child in children:
+        child.stdout.close()
+    for child in children:
+        child.wait(60)
+        assert child.stderr.read() == "" and child.returncode == 0, child.args
+    assert Path("model/eval.json").exists() and Path("run/config.json").exists()
+
+
+def test_an_unreachable_hub():
+    """Without a network a hub name is refused in seconds, in one line."""
+    began = time.monotonic()
+    env = {**ENV, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://localhost:{free_port()}"}
+    for command in (["train.py", "--forget", "data/forget01", "--model", "nobody/nothing"],
+                    ["eval.py", "nobody/nothing", "--forget", "data/forget01"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, text=True,
+                              capture_output=True)
+        assert_one_line((done.returncode, done.stderr), 2, "nobody/nothing: no such folder, and")
+    assert time.monotonic() - began < 60
