@@ -35,7 +35,7 @@ TOFU = {  # file: its number of records
     "full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain99": 3960,
     "retain95": 3800, "retain90": 3600, "forget01_perturbed": 40, "forget05_perturbed": 200,
     "forget10_perturbed": 400, "retain_perturbed": 400, "real_authors_perturbed": 100,
-    "world_facts_perturbed": 117}
+    "world_facts_perturbed": 117, "holdout01": 40, "holdout05": 200, "holdout10": 400}
 MUSE = {
     "raw": ("forget", "retain1", "retain2", "holdout"),
     "verbmem": ("forget",),

@@ -19,7 +19,8 @@ from data import download
 from data.records import MUSE_FILES, find, read_records
 
 TOFU = ["forget01", "forget01_perturbed", "forget05", "forget05_perturbed", "forget10",
-        "forget10_perturbed", "full", "real_authors_perturbed", "retain90", "retain95", "retain99",
+        "forget10_perturbed", "full", "holdout01", "holdout05", "holdout10",
+        "real_authors_perturbed", "retain90", "retain95", "retain99",
         "retain_perturbed", "world_facts_perturbed"]
 MUSE = ["knowmem/forget_qa.json", "knowmem/forget_qa_icl.json", "knowmem/retain_qa.json",
         "knowmem/retain_qa_icl.json",
