@@ -847,7 +847,8 @@ def test_stopped_by_a_signal(number, status, step, world, undisturbed, tmp_path)
 
 
 def stop_in(step, number):
-    """Send this process a signal during a step."""
+    """Send this process a signal during a step (SIGINT is ignored in a shell's background job)."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     train.update = stop_after(step, number)
 
 
