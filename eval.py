@@ -529,7 +529,7 @@ def tofu(options):
         asked = results.Evaluation(
             f"tofu {results.relative(forget)}", results.settings(options, names, files.values()),
             lambda model: evaluate_tofu(*load(model, options), files, options), complete_tofu)
-        if not options.reference and builtin.is_builtin(forget):
+        if not options.reference and builtin.is_builtin(forget):  # make what to compare with
             made = builtin.target_and_retrained(forget)
             results.check([m for m in options.models if m not in made], asked, options)
             with ranks.together():
@@ -537,7 +537,7 @@ def tofu(options):
                     builtin.make(Path(folder))
             arguments, options.reference = [*made, *options.models], made[1]
         known = options.reference and results.saved_entry(options.reference, asked, options)
-        if known:
+        if known:  # refuse a reference that was asked other questions before anything is run
             check_reference({"values": questions}, known, options.reference)
     entries = results.collect(arguments, asked, options)
     reference = entries.get(options.reference)

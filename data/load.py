@@ -50,11 +50,11 @@ class Prompt:
 # Questions and answers to tokens
 
 def encode_prompts(tokenizer, questions, prompt):
-    """Token ids that ask these questions: what stands before every answer, in training's tokens.
+    """Token ids that ask these questions: what a prompt for generation and a conversation with an
+    answer begin with, in training's tokens.
 
-    What a prompt for generation has beyond them is left to the model: the beginning of a think
-    block, newlines that are one token only where a text ends, a blank, which belongs to the
-    answer's first token. Raises InputError where the tokenizer's chat template cannot be used.
+    What the former has beyond is left to the model: a think block's beginning, newlines that are
+    one token only at a text's end, a blank. Raises InputError where the chat template is unusable.
     """
     asked, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
                        for answer in (None, MARK))
@@ -74,6 +74,7 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
     whole = encode(tokenizer, texts, front_of(tokenizer, prompt))
     asked = encode_prompts(tokenizer, questions, prompt)
     end = [] if template_of(tokenizer, prompt) == "chat" else [tokenizer.eos_token_id]
+    # commonprefix takes any lists; the first token has nothing before it that could predict it
     return [Example(ids + end, max(1, len(os.path.commonprefix([ids, before]))), place)
             for ids, before, place in zip(whole, asked, where or repeat(""))]
 
