@@ -8,7 +8,7 @@
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
 off goes on where it stopped. One process a core, of one thread each: so small a model gains little
-from a second one. `--picture FILE` draws `methods` or `markov` (needs matplotlib).
+from a second one. `--picture FILE` draws all but `relearn` (needs matplotlib).
 """
 
 import argparse
@@ -21,11 +21,13 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -37,10 +39,9 @@ import train  # noqa: E402
 from data import make_markov, make_mini, ranks, results  # noqa: E402
 from data.load import collate, find, load_examples, load_pretrained, read_records  # noqa: E402
 from data.options import evaluation_options  # noqa: E402
-from simnpo import answer_logps  # noqa: E402
+from simnpo import answer_logps, answer_mask  # noqa: E402
 
 RUNS = Path("runs", "experiments")
-SEEDS = (0, 1, 2)
 EVAL = ("--max-new-tokens", "50")  # answers have at most 15 tokens; a hurt model runs on and on
 
 
@@ -573,102 +574,143 @@ def draw_ingredients(found, curves, picture):
     figure.savefig(picture, dpi=100)
 
 
-# 5. Mixtures of Markov chains
+# 5. Mixtures of Markov chains, against their true probabilities as in the paper
 
-BETAS = {"SimNPO": (1, 2, 4, 8), "NPO": (0.05, 0.2, 0.5, 1)}  # the paper: 4; 0.2 (short) and 1 (never learned)
 CHAINS = tuple(make_markov.CHAINS)  # retain, forget1, forget2
+PAPER = {"never_learned": {"SimNPO": 4, "NPO": 1}, "short": {"SimNPO": 4, "NPO": 0.2}}  # betas
+BETAS = {"SimNPO": (1, 2, 4, 8, 16), "NPO": (0.2, 0.5, 1, 2, 4)}
+TUNED_ON, TOLD_OF = (0, 1, 2), (3, 4, 5, 6, 7)  # seeds; each reads other sequences
+EVERY, LAST = 5, 50  # steps between measurements, steps in all
+# As in the authors' loop: 50 steps of 4 at a constant rate. It does not clip, which would shrink
+# NPO's large first gradients and so undo that they outweigh the later ones in Adam's averages.
+UNLEARN = ("--retain-loss none --forget-weight 1 --epochs 1 --batch-size 4 --lr 5e-4 --clip 1e9 "
+           f"--weight-decay 0 --schedule constant --save-every 0 --snapshots {EVERY}")
 
 
 def markov(options):
-    """Unlearn for 50 steps of 4 (+ 4) sequences; KL(reference || model) per token on held-out sequences every 10 steps."""
-    data, curves = ROOT / "data" / "markov", {}
-    if not (data / "model" / "config.json").exists():
-        make_markov.write_all(data)
+    """Unlearn without a retain term: the paper's betas, and the best of a grid for each method."""
+    data, stories = ROOT / "data" / "markov", {}
+    make_markov.write_all(data)  # the same bytes each time
     for setting in make_markov.SETTINGS:
         folder, home = data / setting, RUNS / "markov" / setting
-        starts = [(home / name, f"--init {data / 'model'} --retain {folder / file} --epochs 5 --batch-size 128 --lr 5e-4 "
-                   "--save-every 0") for name, file in (("target", "target"), ("reference", "retain"))]
-        target, reference = each(run, starts)
-        forget = sample(folder, 100, home / "forget.jsonl")
-        divergences(target, reference, folder)  # kept: what every task begins with
-        tasks = [(method, retain_loss, beta, seed) for method in BETAS for retain_loss in ("none", "nll")
-                 for beta in BETAS[method] for seed in SEEDS]
-        found = each(functools.partial(markov_curve, folder, home, target, reference, forget), tasks)
-        for (method, retain_loss, beta, _), curve in zip(tasks, found):
-            name = method + " + retain" * (retain_loss == "nll")
-            curves.setdefault((setting, name, beta), []).append(curve)
-        markov_tables(setting, {key[1:]: seeds for key, seeds in curves.items() if key[0] == setting})
+        starts = [(home / file, f"--init {data / 'model'} --retain {folder / file} --epochs 5 "
+                   "--batch-size 128 --lr 5e-4 --save-every 0") for file in ("target", "retain")]
+        start, goal = (divergences(model, folder) for model in each(run, starts))
+        study = functools.partial(markov_curve, folder, home, start)
+        tasks = [(method, b, seed) for method in BETAS for b in BETAS[method] for seed in TUNED_ON]
+        grid = dict(zip(tasks, each(study, tasks)))
+        best = {method: choose(grid, method, goal, BETAS[method]) for method in BETAS}
+        paper = {method: (beta, LAST // EVERY) for method, beta in PAPER[setting].items()}
+        tasks = [(method, b, seed) for method in BETAS for seed in TOLD_OF
+                 for b in {paper[method][0], best[method][0]}]
+        told = dict(zip(tasks, each(study, tasks)))
+        stories[setting] = start, goal, paper, best, grid, told
+        markov_tables(setting, *stories[setting])
     if options.picture:
-        draw_markov(curves, options.picture)
+        draw_markov(stories, options.picture)
 
 
-def markov_curve(folder, home, target, reference, forget, method, retain_loss, beta, seed):
-    """Divergences at the start and after every 10 steps."""
-    output = run(home / f"{method}-{retain_loss}-beta{beta:g}-seed{seed}", (
-        f"--model {target} --forget {forget} --retain {folder / 'retain'} --loss {method.lower()} --beta {beta} "
-        f"--retain-loss {retain_loss} --forget-weight 1 --epochs 1 --batch-size 4 --lr 5e-4 --schedule constant "
-        f"--seed {seed} --save-every 0 --snapshots 10"))
-    return [divergences(model, reference, folder) for model in (target, *sorted(output.glob("step-*")))]
+def markov_curve(folder, home, start, method, beta, seed):
+    """Divergences at the start and every EVERY steps. They are kept, the models are not."""
+    kept = home / f"{method}-beta{beta:g}-seed{seed}.json"
+    output, forget = home / kept.stem, home / f"{kept.stem}.jsonl"
+    if not kept.exists():
+        texts = ((folder / f"{chain}.jsonl").read_text() for chain in CHAINS[1:])
+        lines = [line for text in texts for line in text.splitlines()[100 * seed:][:100]]
+        forget.write_text("\n".join(lines))  # 50 steps of 4, other ones for each seed
+        with mock.patch.object(train, "answer_token_logps", state_logps):
+            run(output, f"--model {home / 'target'} --forget {forget} --loss {method.lower()} "
+                        f"--beta {beta} --seed {seed} {UNLEARN}")
+        curve = [divergences(model, folder) for model in sorted(output.glob("step-*"))]
+        kept.write_text(json.dumps([start, *curve]))
+        forget.unlink()
+        shutil.rmtree(output)
+    return json.loads(kept.read_text())
 
 
-def sample(folder, count, path):
-    """A file with the first `count` sequences of forget1 and of forget2: one epoch of batch 4 is 50 steps."""
-    lines = [line for chain in ("forget1", "forget2") for line in (folder / f"{chain}.jsonl").read_text().splitlines()[:count]]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def next_state(model, ids):
+    """Log-probability of each state after each token but the last: (B,T) -> (B,T-1,10).
+
+    States only, as in the authors' model: else unlearning soon puts nearly all on BOS and EOS.
+    """
+    return model(input_ids=ids[:, :-1]).logits[..., make_markov.FIRST_STATE:].log_softmax(-1)
 
 
-def divergences(model, reference, folder):
-    """KL(reference || model) per token on held-out sequences of each chain, in nats."""
-    files = [str(folder / f"{chain}_test") for chain in CHAINS]
-    argv = [str(model), "--reference", str(reference), "--limit", "500", "--kl", *files]
-    metrics, = table_of(argv).values()
-    if model.name.startswith("step-"):
-        drop_weights(model)
-    return dict(zip(CHAINS, metrics.values()))
+def state_logps(model, ids, labels):
+    """What stands for simnpo.answer_token_logps while unlearning: (B,T), (B,T) -> (N,)."""
+    mask = answer_mask(labels)
+    states = labels[:, 1:][mask] - make_markov.FIRST_STATE
+    return next_state(model, ids)[mask].gather(1, states[:, None])[:, 0]
 
 
-def markov_tables(setting, curves):
-    """Every beta after the last step, and each method where it came closest to the reference."""
-    start = next(iter(curves.values()))[0][0]
-    rows = [["", "beta", *(f"KL on {chain}" for chain in CHAINS)], ["target", "", *(f"{start[c]:.3f}" for c in CHAINS)]]
-    for (name, beta), seeds in curves.items():
-        rows.append([name, beta, *(spread([curve[-1][c] for curve in seeds]) for c in CHAINS)])
-    table(f"markov: {setting}, after 50 steps; mean (range) of {len(SEEDS)} seeds", rows)
-    rows = [["", "beta", "step", *rows[0][2:], "sum"]]
-    for name in dict.fromkeys(name for name, _ in curves):
-        means = {(beta, i): [statistics.fmean(curve[i][c] for curve in seeds) for c in CHAINS]
-                 for (other, beta), seeds in curves.items() if other == name for i in range(1, len(seeds[0]))}
-        beta, i = closest = min(means, key=lambda place: sum(means[place]))
-        rows.append([name, beta, 10 * i, *(f"{kl:.3f}" for kl in means[closest]), f"{sum(means[closest]):.3f}"])
-    table(f"markov: {setting}, where the sum of the three is least; mean of {len(SEEDS)} seeds", rows)
+def divergences(path, folder):
+    """{chain: divergence} of the model at `path`, on 200 held-out sequences of each chain."""
+    model, _ = load_pretrained(path)
+    return {chain: divergence(model, chain, torch.tensor([r["input_ids"] for r in read_records(
+        folder / f"{chain}_test.jsonl")[:200]])) for chain in CHAINS}
 
 
-def draw_markov(curves, picture):
-    """KL on forget1 and on forget2 against KL on retain, a line a beta, mean of the seeds; large dot: after 50 steps."""
-    plt = pyplot()
-    settings = tuple(make_markov.SETTINGS)
-    figure, panels = plt.subplots(len(settings), 4, figsize=(15, 3.6 * len(settings)), squeeze=False)
-    for (setting, name, beta), seeds in curves.items():
-        mean = [{c: statistics.fmean(curve[i][c] for curve in seeds) for c in CHAINS} for i in range(len(seeds[0]))]
-        method = name.split()[0]
-        for k, chain in enumerate(CHAINS[1:]):
-            panel = panels[settings.index(setting)][2 * ("retain" in name) + k]
-            x, y = ([m[c] for m in mean] for c in ("retain", chain))
-            shade = 0.35 + 0.65 * BETAS[method].index(beta) / (len(BETAS[method]) - 1)
-            panel.plot(x, y, ".-", color=f"C{list(BETAS).index(method)}", alpha=shade, lw=1, label=f"{method} beta {beta:g}")
-            panel.plot(x[-1], y[-1], "o", color=f"C{list(BETAS).index(method)}", alpha=shade)
-            title = setting + ", with retain term" * ("retain" in name)
-            panel.set(title=title, xlabel="KL on retain", ylabel=f"KL on {chain}")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=100)
+@torch.no_grad()
+def divergence(model, chain, ids):
+    """Mean over all positions of ids (B,T) of KL(true next state || model's), in nats."""
+    truth = torch.tensor(make_markov.probabilities(chain), dtype=torch.float64)  # after any state
+    return (truth * (truth.log() - next_state(model, ids))).sum(-1).mean().item()
+
+
+def missing(kl, goal):
+    """Nats short of the retrained model: too little on either forget chain, too much on retain."""
+    return sum(max(0.0, (kl[c] - goal[c]) * (1 if c == "retain" else -1)) for c in CHAINS)
+
+
+def choose(grid, method, goal, betas):
+    """(beta, index of the step) that miss least, by the mean over the seeds of tuning."""
+    return min(itertools.product(betas, range(1, LAST // EVERY + 1)), key=lambda at: sum(
+        missing(grid[method, at[0], seed][at[1]], goal) for seed in TUNED_ON))
+
+
+def markov_tables(setting, start, goal, paper, best, grid, told):
+    def line(curves, seeds, method, beta, i):
+        at = [curves[method, beta, seed][i] for seed in seeds]
+        columns = [[kl[c] for kl in at] for c in CHAINS] + [[missing(kl, goal) for kl in at]]
+        return [method, beta, EVERY * i, *map(spread, columns)]
+
+    head = ["", "beta", "steps", *(f"KL on {chain}" for chain in CHAINS), "missing"]
+    ends = [[name, "", "", *(number(kl[c]) for c in CHAINS), number(missing(kl, goal))]
+            for name, kl in (("target", start), ("retrained", goal))]
+    for title, choice in (("the paper's betas", paper), ("the best of the grid", best)):
+        rows = [line(told, TOLD_OF, method, *at) for method, at in choice.items()]
+        table(f"markov: {setting}, {title}; mean (range) of 5 seeds", [head, *ends, *rows])
+    rows = [line(grid, TUNED_ON, m, *choose(grid, m, goal, [b])) for m in BETAS for b in BETAS[m]]
+    table(f"markov: {setting}, the grid at each beta's best step; 3 other seeds", [head, *rows])
+
+
+def draw_markov(stories, picture):
+    """The mean path of each method at the paper's beta; where it ends, and where each seed does."""
+    figure, panels = pyplot().subplots(1, len(stories), figsize=(11, 4.8), layout="tight",
+                                       sharex=True, sharey=True)
+    for panel, (setting, (_, goal, paper, _, _, told)) in zip(panels, stories.items()):
+        for hue, (method, (beta, _)) in zip(("C0", "C1"), paper.items()):
+            moments = list(zip(*(told[method, beta, seed] for seed in TOLD_OF)))
+            for marker, chain in zip("o^", CHAINS[1:]):
+                x, y = ([[kl[c] for kl in moment] for moment in moments] for c in ("retain", chain))
+                mx, my = ([*map(statistics.fmean, moments)] for moments in (x, y))
+                panel.plot(mx, my, "-", x[-1], y[-1], marker, c=hue, lw=0.6, ms=4, mfc="none")
+                panel.hlines(my[-1], min(x[-1]), max(x[-1]), hue, lw=1)
+                panel.vlines(mx[-1], min(y[-1]), max(y[-1]), hue, lw=1)
+                panel.plot(mx[-1], my[-1], marker, c=hue, ms=11, label=f"{method} {beta}: {chain}")
+        panel.plot(goal["retain"], goal["forget1"], "k*", ms=16, clip_on=False, label="retrained")
+        panel.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
+        panel.set(title=f"forget2 {setting.replace('_', ' ')}", xticks=[0, .05, .1, .2, .4, .8],
+                  xlabel="KL on retain (left: kept)", ylabel="KL on forget1, forget2 (up: gone)")
+        panel.legend(fontsize=8, loc="upper right")
+    figure.savefig(picture, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=["methods", "relearn", "bias", "ingredients", "markov"])
-    parser.add_argument("--picture", metavar="FILE", help="also draw it (methods, markov)")
+    parser.add_argument("--picture", metavar="FILE", help="also draw it (not relearn)")
     options = parser.parse_args()
     if options.picture:
         pyplot()  # says at once that it is missing

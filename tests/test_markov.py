@@ -2,18 +2,21 @@
 the code reads them."""
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from experiments import divergence, state_logps
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from data import make_markov
-from data.load import load_examples
+from data.load import collate, load_examples
 from data.models import load_config, load_tokenizer
 from data.records import check_disjoint
 
@@ -104,3 +107,57 @@ def test_training_reads_the_files(folder, setting):
     assert sizes == {**FILES, "target": sizes["target"]}
     assert all(e.start == 1 for rows in examples.values() for e in rows)  # every state carries loss
     check_disjoint(examples["forget"], examples["retain"])
+
+
+@pytest.mark.parametrize("chain", list(OWN))
+def test_divergence_of_the_true_probabilities_is_zero(folder, chain):
+    """A model that knows the chain loses nothing on it, and log-ratios of 28 / 3 on another."""
+    ids = torch.tensor(sequences(folder, "short", f"{chain}_test")[:20])
+    for known, own in OWN.items():
+        truth = [0.5, 0.1, *(0.8 / 3 if state in own else 0.2 / 7 for state in range(10))]
+        logits = torch.tensor(truth, dtype=torch.float64).log() + 3  # a softmax forgets the 3
+        model = lambda input_ids: SimpleNamespace(logits=logits.expand(*input_ids.shape, 12))
+        others = 3 * (0.8 / 3 - 0.2 / 7) * math.log(28 / 3)
+        expected = others if known != chain else 0
+        assert divergence(model, chain, ids) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.fixture
+def far_from_uniform(folder):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(load_config(folder / "model")).double().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    return model
+
+
+def state_probabilities(model, ids):
+    """By hand: what the model expects after ids, of the ten states alone."""
+    with torch.no_grad():
+        exps = [math.exp(x) for x in model(torch.tensor([ids])).logits[0, -1].tolist()[2:]]
+    return [x / sum(exps) for x in exps]
+
+
+def test_divergence_of_a_random_model_by_hand(folder, far_from_uniform):
+    """All positions count alike, the first state among them."""
+    for chain, own in OWN.items():
+        model = far_from_uniform.double()
+        truth = [0.8 / 3 if state in own else 0.2 / 7 for state in range(10)]
+        rows = sequences(folder, "short", f"{chain}_test")[:3]
+        kls = [sum(p * math.log(p / q) for p, q in zip(truth, state_probabilities(model, row[:t])))
+               for row in rows for t in range(1, len(row))]
+        by_hand = sum(kls) / len(kls)
+        assert by_hand > 0.1
+        assert divergence(model, chain, torch.tensor(rows)) == pytest.approx(by_hand, rel=1e-9)
+        got = divergence(model.float(), chain, torch.tensor(rows))
+        assert got == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_log_probabilities_of_states_by_hand(folder, far_from_uniform):
+    """What unlearning sees: long and short sequences in one padded batch, state after state."""
+    rows = load_examples(folder / "short" / "forget", load_tokenizer(folder / "model"), 32)
+    rows = [rows[0], rows[-1], rows[1]]
+    by_hand = [math.log(state_probabilities(far_from_uniform, row.input_ids[:t])[state - 2])
+               for row in rows for t, state in enumerate(row.input_ids) if t > 0]
+    got = state_logps(far_from_uniform, *collate(rows))
+    assert got.tolist() == pytest.approx(by_hand, rel=1e-9)
