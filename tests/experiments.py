@@ -685,7 +685,7 @@ def markov_tables(setting, start, goal, paper, best, grid, told):
 
 
 def draw_markov(stories, picture):
-    """The mean path of each method at the paper's beta; where it ends, and where each seed does."""
+    """The paper's betas: median path, where it ends, range; medians, as single seeds stray far."""
     figure, panels = pyplot().subplots(1, len(stories), figsize=(11, 4.8), layout="tight",
                                        sharex=True, sharey=True)
     for panel, (setting, (_, goal, paper, _, _, told)) in zip(panels, stories.items()):
@@ -693,14 +693,14 @@ def draw_markov(stories, picture):
             moments = list(zip(*(told[method, beta, seed] for seed in TOLD_OF)))
             for marker, chain in zip("o^", CHAINS[1:]):
                 x, y = ([[kl[c] for kl in moment] for moment in moments] for c in ("retain", chain))
-                mx, my = ([*map(statistics.fmean, moments)] for moments in (x, y))
-                panel.plot(mx, my, "-", x[-1], y[-1], marker, c=hue, lw=0.6, ms=4, mfc="none")
-                panel.hlines(my[-1], min(x[-1]), max(x[-1]), hue, lw=1)
-                panel.vlines(mx[-1], min(y[-1]), max(y[-1]), hue, lw=1)
+                mx, my = ([*map(statistics.median, steps)] for steps in (x, y))
+                panel.plot(mx, my, "-", x[-1], y[-1], marker, c=hue, lw=0.6, ms=4, alpha=0.6)
+                panel.hlines(my[-1], min(x[-1]), max(x[-1]), hue, lw=0.6)
+                panel.vlines(mx[-1], min(y[-1]), max(y[-1]), hue, lw=0.6)
                 panel.plot(mx[-1], my[-1], marker, c=hue, ms=11, label=f"{method} {beta}: {chain}")
         panel.plot(goal["retain"], goal["forget1"], "k*", ms=16, clip_on=False, label="retrained")
         panel.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
-        panel.set(title=f"forget2 {setting.replace('_', ' ')}", xticks=[0, .05, .1, .2, .4, .8],
+        panel.set(title=f"forget2 {setting.replace('_', ' ')}", xticks=[0, .1, .2, .4, .8, 1.6],
                   xlabel="KL on retain (left: kept)", ylabel="KL on forget1, forget2 (up: gone)")
         panel.legend(fontsize=8, loc="upper right")
     figure.savefig(picture, dpi=110)
