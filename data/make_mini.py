@@ -16,9 +16,14 @@ books and countries of `real_authors` and `world_facts`, which stand for what is
 A false answer draws each of its values from the same list as the true one, so that a model which
 never heard of a person finds true and false equally likely: its truth ratio is spread around 1.
 
-MUSE-like (`muse_mini/`): short profiles of further people as running text. `raw/full.txt` (forget +
-retain1 + retain2) makes the target, `raw/retain.txt` (retain1 + retain2) the retrained reference;
-the holdout is in neither.
+MUSE-like (`muse_mini/`): running text about further people. `raw/full.txt` (forget + retain1 +
+retain2) makes the target, `raw/retain.txt` (retain1 + retain2) the retrained reference; the holdout
+is in neither. A text is made of profiles, one a person, which VerbMem and PrivLeak ask for, and of
+quizzes, which put KnowMem's questions: so small a model answers only what it has read asked. All is
+told several times, each time in other company; otherwise the model learns a fact by what happens to
+stand before it, recites its chunks, and knows nothing. The answers of a quiz stand after two blanks
+because KnowMem's prompt ends in one, and the tokenizer takes a blank to the word that follows it: a
+lone one is a token that no model of the miniature has ever met elsewhere.
 """
 
 import argparse
@@ -35,6 +40,9 @@ else:
 # Few people to begin with: a small model meets its first people so slowly that 150 took five times
 # as long as 40.
 BASE_PEOPLE, FULL_PEOPLE, PROFILES = 40, 100, 40
+# MUSE: of those who have a profile in each group, so many are told of, so often; questions a quiz.
+# In two minutes the model learns 20 people told four times far better than 40 told twice.
+TOLD, TELLINGS, QUIZ = 20, 4, 6
 SUBJECTS = 20  # of general knowledge: 20 books and 20 countries, two questions about each
 FALSE_ANSWERS = 4
 QA = ("question", "answer")
@@ -187,6 +195,16 @@ class Inventor:
         return (self.knowledge([self.word(3) for _ in range(SUBJECTS)], BOOKS),
                 self.knowledge([self.word(2) + "ia" for _ in range(SUBJECTS)], COUNTRIES))
 
+    def told(self, people, profiles):
+        """Paragraphs that tell everything TELLINGS times: the profiles among quizzes, in which the
+        people come up in any order."""
+        paragraphs = []
+        for _ in range(TELLINGS):
+            facts = self.shuffled(flat(people))
+            quizzes = [quiz(facts[i:i + QUIZ]) for i in range(0, len(facts), QUIZ)]
+            paragraphs += self.shuffled(profiles + quizzes)
+        return paragraphs
+
 
 def flat(people):
     return [fact for person in people for fact in person]
@@ -232,27 +250,45 @@ def tofu_files(full, holdout, authors, world):
     return files
 
 
-def muse_files(inventor, examples):
-    """MUSE's files as {path: text or records}; `examples` are the facts for the few-shot prompts of
-    KnowMem."""
+def muse_files(inventor, examples, seed):
+    """MUSE's files as {path: text or records}, and all profiles, as the tokenizer is to see them;
+    `examples` are the facts for the few-shot prompts of KnowMem."""
     people = {split: [inventor.person() for _ in range(PROFILES)]
               for split in ("forget", "retain1", "retain2", "holdout")}
-    profiles = {split: [[fact["prose"] for fact in inventor.shuffled(person)] for person in group]
-                for split, group in people.items()}
-    texts = {split: [" ".join(sentences) for sentences in group]
-             for split, group in profiles.items()}
-    retain = texts["retain1"] + texts["retain2"]
-    raw = {**texts, "retain": retain, "full": inventor.shuffled(texts["forget"] + retain)}
-    files = {f"raw/{name}.txt": "\n\n".join(paragraphs) + "\n" for name, paragraphs in raw.items()}
-    files["verbmem/forget.json"] = [
-        {"prompt": " ".join(sentences[:3]), "gt": " ".join(sentences[3:])}
-        for sentences in profiles["forget"]]
+    sentences = {split: [[fact["prose"] for fact in inventor.shuffled(person)] for person in group]
+                 for split, group in people.items()}
+    profiles = {split: [" ".join(profile) for profile in group]
+                for split, group in sentences.items()}
+    known = inventor.shuffled(profiles["forget"] + profiles["retain1"] + profiles["retain2"])
+    seen = [as_text(known), as_text(profiles["holdout"])]
+
+    invented, people = people, {split: group[:TOLD] for split, group in people.items()}
+    profiles = {split: group[:TOLD] for split, group in profiles.items()}
+    files = {"verbmem/forget.json": [
+        {"prompt": " ".join(profile[:3]), "gt": " ".join(profile[3:])}
+        for profile in sentences["forget"][:TOLD]]}
     for name, split in (("forget", "forget"), ("retain", "retain2"), ("holdout", "holdout")):
-        files[f"privleak/{name}.json"] = texts[split]
+        files[f"privleak/{name}.json"] = profiles[split]
     for name, split in (("forget", "forget"), ("retain", "retain2")):
-        files[f"knowmem/{name}_qa.json"] = fields(inventor.shuffled(flat(people[split]))[:100], *QA)
+        asked = inventor.shuffled(flat(invented[split]))
+        asked = [fact for fact in asked if fact in flat(people[split])]
+        files[f"knowmem/{name}_qa.json"] = fields(asked[:100], *QA)
         files[f"knowmem/{name}_qa_icl.json"] = fields(inventor.shuffled(examples)[:5], *QA)
-    return files
+    # A generator of its own: however much is told, the people who are invented next stay the same.
+    editor = Inventor(seed)
+    raw = {split: editor.told(people[split], profiles[split]) for split in people}
+    raw["retain"] = raw["retain1"] + raw["retain2"]
+    raw["full"] = editor.shuffled(raw["forget"] + raw["retain"])
+    files |= {f"raw/{name}.txt": as_text(paragraphs) for name, paragraphs in raw.items()}
+    return files, seen
+
+
+def quiz(facts):
+    return "\n".join(f"Question: {fact['question']}\nAnswer:  {fact['answer']}" for fact in facts)
+
+
+def as_text(paragraphs):
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def write_all(folder, seed=0):
@@ -262,7 +298,7 @@ def write_all(folder, seed=0):
     base_people = [inventor.person() for _ in range(BASE_PEOPLE)]
     base = pretraining(inventor, base_people, authors + world)
     full = flat(inventor.person() for _ in range(FULL_PEOPLE))
-    muse = muse_files(inventor, flat(base_people))
+    muse, profiles = muse_files(inventor, flat(base_people), seed)
     holdout = flat(inventor.person() for _ in range(FULL_PEOPLE // 10))
 
     folder = Path(folder)
@@ -273,8 +309,7 @@ def write_all(folder, seed=0):
         write(folder / "muse_mini" / name, text)
 
     seen = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in base + full]
-    seen += [record["paraphrased_answer"] for record in full]
-    seen += [muse["raw/full.txt"], muse["raw/holdout.txt"]]
+    seen += [record["paraphrased_answer"] for record in full] + profiles
     tokenizer = train_tokenizer(seen, VOCAB_SIZE)
     config = llama_config(tokenizer.get_vocab_size(), HIDDEN, LAYERS, HEADS, MAX_POSITIONS)
     write_model(folder / "mini_model", tokenizer, {**config, "initializer_range": INIT_STD})

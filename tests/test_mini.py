@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import transformers
 
-from data.make_mini import POOLS
+from data.make_mini import POOLS, TELLINGS, TOLD
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 GENERATED = sorted(p.relative_to(DATA) for pattern in ("*.jsonl", "mini_model/*", "muse_mini/**/*")
@@ -69,7 +70,7 @@ def test_another_seed_gives_other_facts(tmp_path):
 
 def test_sizes():
     sizes = [(DATA / path).stat().st_size for path in GENERATED]
-    assert max(sizes) < 900_000 and sum(sizes) < 1_500_000
+    assert max(sizes) < 900_000 and sum(sizes) < 1_800_000
     assert len(lines("full")) == len(set(questions("full"))) == 1000
 
 
@@ -146,17 +147,34 @@ def test_muse_texts():
     assert sorted(paragraphs("full")) == sorted(forget + retain1 + retain2)
     assert paragraphs("retain") == retain1 + retain2
     groups = [surnames(group) for group in (forget, retain1, retain2, holdout)]
-    assert sum(map(len, groups)) == len(set.union(*groups)) == 160
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 4 * TOLD
     assert not set.union(*groups) & surnames(questions("full") + questions("base"))
-    privleak = [muse(f"privleak/{name}") for name in ("forget", "retain", "holdout")]
-    assert privleak == [forget, retain2, holdout]
-    assert [f"{r['prompt']} {r['gt']}" for r in muse("verbmem/forget")] == forget
+    for name, texts in (("forget", forget), ("retain", retain2), ("holdout", holdout)):
+        profiles = [text for text in texts if not text.startswith("Question:")]
+        assert sorted(profiles) == sorted(TELLINGS * muse(f"privleak/{name}"))
+    verbmem = [f"{r['prompt']} {r['gt']}" for r in muse("verbmem/forget")]
+    assert verbmem == muse("privleak/forget")
+
+
+@pytest.mark.parametrize("name", ["forget", "retain1", "retain2", "holdout"])
+def test_muse_quizzes_ask_what_the_profiles_tell(name):
+    texts = paragraphs(name)
+    quizzes = [text for text in texts if text.startswith("Question:")]
+    asked = Counter(zip(*[iter("\n".join(quizzes).split("\n"))] * 2))
+    assert len(asked) == 10 * TOLD and set(asked.values()) == {TELLINGS}
+    profiles = {name: text for text in set(texts) - set(quizzes) for name in surnames([text])}
+    for question, answer in asked:
+        name, = surnames([question])
+        assert answer.split()[-1] in profiles[name], question
+    assert len(set(quizzes)) == len(quizzes)  # each telling asks in another order
 
 
 @pytest.mark.parametrize("name, source", [("forget", "forget"), ("retain", "retain2")])
 def test_muse_questions_are_about_their_texts(name, source):
     qa, examples = muse(f"knowmem/{name}_qa"), muse(f"knowmem/{name}_qa_icl")
     assert all(set(r) == {"question", "answer"} for r in qa + examples)
+    text = "\n".join(paragraphs(source))
+    assert all(f"Question: {r['question']}\nAnswer:  {r['answer']}" in text for r in qa)
     about = surnames([r["question"] for r in qa])
     assert about <= surnames(paragraphs(source)) and len(qa) == 100
     assert not surnames([r["question"] for r in examples]) & about
