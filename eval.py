@@ -13,10 +13,9 @@ measured again. On the built-in data the target and a retain-only model are show
 Reading order: metrics, scoring, generation, TOFU, MUSE, KL, from arguments to the table.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+if __name__ == "__main__":
+    from data import startup
+    startup.prepare()
 
 import math
 import re

@@ -8,10 +8,9 @@ Reading order: the losses to choose from, the loop (main), the pieces of a step,
 optimizer, checkpoints. The arguments and their defaults are in data/options.py.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+if __name__ == "__main__":
+    from data import startup
+    startup.prepare()
 
 import math
 import shutil

@@ -70,6 +70,8 @@ def training_options(argv, losses, description):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.mini or args.init == builtin.TOKENIZER:  # so small that many threads mostly wait
+        torch.set_num_threads(min(4, torch.get_num_threads()))
     cuda = args.device.startswith("cuda")
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"
     args.dtype = args.dtype or best

@@ -1,0 +1,12 @@
+"""What train.py and eval.py do before torch loads, when they are run as programs."""
+
+import os
+import signal
+
+
+def prepare():
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+    # How long a thread spins that waits for another. Beside other work OpenMP's default (300,000)
+    # halves the miniature's speed; 10,000 cost nothing on a quiet machine (tests/BENCH.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
