@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network; read when transformers loads
+if "TEST_DEVICE" not in os.environ:  # test_gpu.py's; all else compares what a CPU computes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of child processes
