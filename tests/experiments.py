@@ -6,10 +6,12 @@
     python tests/experiments.py ingredients  reference and length; beta x gamma; KL (after methods)
     python tests/experiments.py muse         MUSE in miniature: texts instead of questions
     python tests/experiments.py markov       mixtures of Markov chains, the paper's synthetic study
+    python tests/experiments.py smollm2      a pretrained model on real TOFU, in some hours
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
 off goes on where it stopped. One process a core, of one thread each: so small a model gains little
-from a second one. `--picture FILE` draws all but `relearn` and `muse` (needs matplotlib).
+from a second one. `--picture FILE` draws all but `relearn` and `muse` (needs matplotlib). `smollm2`
+wants data/tofu (data/download.py) and takes another model by `--model`.
 """
 
 import argparse
@@ -49,9 +51,10 @@ EVAL = ("--max-new-tokens", "50")  # answers have at most 15 tokens; a hurt mode
 # Tools
 
 def each(function, tasks):
-    """[function(*task) for task in tasks], a process a core."""
+    """[function(*task) for task in tasks], a process a core; on a GPU, four share it."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+    count = 4 if torch.cuda.is_available() else os.cpu_count()
+    with ProcessPoolExecutor(count, context, torch.set_num_threads, (1,)) as pool:
         return [future.result() for future in [pool.submit(function, *task) for task in tasks]]
 
 
@@ -788,12 +791,115 @@ def distance(metrics, target, retrained):
     return (abs(metrics["PrivLeak"]) + forget + lost) / 100
 
 
+# 7. A pretrained model on real TOFU
+
+# 57 tokens a question and answer in this format, 82 in the model's own chat. bf16: see RESULTS.md.
+REAL = "--template plain --dtype bf16 --max-tokens 2048"
+LEARN_TOFU = f"{REAL} --lr 5e-4 --epochs 4 --warmup-epochs 0.25"
+FORGET_TOFU = f"{REAL} --epochs 4 --save-every 0"
+RELEARN_TOFU = f"{REAL} --batch-size 8 --lr 5e-5 --schedule constant --epochs 3 --save-every 0"
+EVAL_TOFU = ("--template", "plain", "--dtype", "bf16", "--limit", "100", "--max-new-tokens", "80")
+REAL_METHODS = {"SimNPO": "--loss simnpo", "NPO": "--loss npo", "GradDiff": "--loss ga"}
+RATES = ("3e-5", "1e-4", "3e-4")
+
+
+def smollm2(options):
+    """Target on full, retain-only on retain95; each method at its published beta and weight, at
+    three rates; then relearning."""
+    data, home = ROOT / "data" / "tofu", RUNS / "smollm2"
+    forget = data / "forget05"
+    target, reference = ends = each(run, [
+        (home / name, f"--model {options.model} --retain {data / name} {LEARN_TOFU}")
+        for name in ("full", "retain95")])
+    each(table_of, [([str(model), "--forget", str(forget), *EVAL_TOFU],) for model in ends])
+    models = {name: measure([model], forget, reference, *EVAL_TOFU)[0]
+              for name, model in (("target", target), ("retain-only", reference))}
+    tasks = [(method, rate) for method in REAL_METHODS for rate in RATES]
+    study = functools.partial(smollm2_run, home, target, reference, forget)
+    found = dict(zip(tasks, each(study, tasks)))
+    best = {method: max(RATES, key=lambda rate: both(found[method, rate]))
+            for method in REAL_METHODS}
+    columns = models | {f"{method}, lr {rate}": found[method, rate]
+                        for method, rate in best.items()}
+    rows = [[row, *(said(metrics[row]) for metrics in columns.values())] for row in models["target"]]
+    table("smollm2: forget05, one seed", [["", *columns], *rows])
+    shown = [*ROWS[:-1], "forget ROUGE-L recall", "real authors probability"]
+    rows = [[f"{method}, lr {rate}", *(number(metrics[row]) for row in shown)]
+            for (method, rate), metrics in found.items()]
+    table("smollm2: the grid", [["", *shown], *rows])
+
+    starts = {method: home / f"{method}-{best[method]}" for method in best}
+    starts["retain-only (control)"] = reference
+    tasks = [(home / f"relearnt-{start.name}", start, reference, forget)
+             for start in starts.values()]
+    rows = [[name, *map(number, numbers)]
+            for name, numbers in zip(starts, each(relearn_tofu, tasks))]
+    head = [f"{what}, {when}" for what in ("forget quality", "answer probability")
+            for when in ("before", "after")]
+    table("smollm2: relearnt on a random 20%, measured on the rest", [["", *head], *rows])
+    if options.picture:
+        draw_smollm2(models, found, options.picture)
+
+
+def smollm2_run(home, target, reference, forget, method, rate):
+    output = run(home / f"{method}-{rate}", f"--model {target} --forget {forget} --lr {rate} "
+                                            f"{REAL_METHODS[method]} {FORGET_TOFU}")
+    return measure([output], forget, reference, *EVAL_TOFU)[0]
+
+
+def said(value):
+    return "-" if isinstance(value, str) else number(value)
+
+
+def relearn_tofu(output, start, reference, forget):
+    """Forget quality and answer probability of what was not learnt again, before and after."""
+    records = read_records(forget)
+    chosen = random.Random(0).sample(records, len(records) // 5)
+    learnt = {record["question"] for record in chosen}
+    file = output.with_suffix(".jsonl")
+    write_lines(file, make_mini.fields(chosen, "question", "answer"))
+    run(output, f"--model {start} --retain {file} {RELEARN_TOFU}")
+    model, tokenizer = load_pretrained(output, torch.bfloat16)
+    options = evaluation_options(
+        [str(output), "--forget", str(forget), *EVAL_TOFU[:-1], "1"], None)  # no texts needed
+    files = {"forget": find(forget.with_name(f"{forget.name}_perturbed"))}
+    after = evaluation.evaluate_tofu(model, tokenizer, files, options)["forget"]
+    theirs, before, after = ([r for r in values if r["question"] not in learnt] for values in (
+        values_of(reference, forget), values_of(start, forget), after))
+    qualities = [evaluation.forget_quality([r["truth_ratio"] for r in values],
+                                           [r["truth_ratio"] for r in theirs])
+                 for values in (before, after)]
+    return *qualities, *(statistics.fmean(r["probability"] for r in values)
+                         for values in (before, after))
+
+
+def draw_smollm2(models, found, picture):
+    """Forget quality against utility: a line a method, from its lowest to its highest rate."""
+    def place(metrics):
+        return metrics[UTILITY], math.log10(max(metrics[QUALITY], 1e-30))
+
+    figure, panel = pyplot().subplots(figsize=(6, 4.2), layout="tight")
+    for i, method in enumerate(REAL_METHODS):
+        points = [place(found[method, rate]) for rate in RATES]
+        panel.plot(*zip(*points), "o-", color=f"C{i}", label=method)
+        for rate, point in zip(RATES, points):
+            panel.annotate(rate, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for name, marker in (("target", "ks"), ("retain-only", "k*")):
+        panel.plot(*place(models[name]), marker, ms=11, label=name)
+    panel.axhline(math.log10(0.05), color="gray", ls=":", lw=1)
+    panel.set(xlabel=UTILITY, ylabel="log10 forget quality (dotted: p = 0.05)",
+              title="SmolLM2-135M, TOFU forget05: up and right is better")
+    panel.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[
-        "methods", "relearn", "bias", "ingredients", "muse", "markov"])
+        "methods", "relearn", "bias", "ingredients", "muse", "markov", "smollm2"])
     parser.add_argument("--picture", metavar="FILE", help="also draw it (not relearn, muse)")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of smollm2")
     options = parser.parse_args()
     if options.picture:
         pyplot()  # says at once that it is missing
