@@ -794,17 +794,18 @@ def distance(metrics, target, retrained):
 # 7. A pretrained model on real TOFU
 
 # 57 tokens a question and answer in this format, 82 in the model's own chat. bf16: see RESULTS.md.
-REAL = "--template plain --dtype bf16 --max-tokens 2048"
+REAL = "--template plain --dtype bf16"
 LEARN_TOFU = f"{REAL} --lr 5e-4 --epochs 4 --warmup-epochs 0.25"
-FORGET_TOFU = f"{REAL} --epochs 4 --save-every 0"
+FORGET_TOFU = f"{REAL} --batch-size 16 --epochs 2 --warmup-epochs 0.25 --save-every 0"
 RELEARN_TOFU = f"{REAL} --batch-size 8 --lr 5e-5 --schedule constant --epochs 3 --save-every 0"
 EVAL_TOFU = ("--template", "plain", "--dtype", "bf16", "--limit", "100", "--max-new-tokens", "80")
-REAL_METHODS = {"SimNPO": "--loss simnpo", "NPO": "--loss npo", "GradDiff": "--loss ga"}
+REAL_METHODS = {"SimNPO": "--loss simnpo --forget-weight 1", "NPO": "--loss npo",
+                "GradDiff": "--loss ga"}
 RATES = ("3e-5", "1e-4", "3e-4")
 
 
 def smollm2(options):
-    """Target on full, retain-only on retain95; each method at its published beta and weight, at
+    """Target on full, retain-only on retain95; each method at its published beta, weight 1 and
     three rates; then relearning."""
     data, home = ROOT / "data" / "tofu", RUNS / "smollm2"
     forget = data / "forget05"
