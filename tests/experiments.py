@@ -302,14 +302,15 @@ def relearn_method(method, part, starts, reference):
         for step in models[1:]:
             drop_weights(step)
         learnt = {r["question"] for r in chosen}
-        curves.append([rest_of(forget, model, reference, learnt) for model in models])
+        curves.append([rest_of(values_of(model, forget), values_of(reference, forget), learnt)
+                       for model in models])
     return curves
 
 
-def rest_of(forget, model, reference, learnt):
-    """Forget quality and mean answer probability on what was not learnt again."""
-    mine, theirs = ([r for r in values_of(m, forget) if r["question"] not in learnt]
-                    for m in (model, reference))
+def rest_of(mine, theirs, learnt):
+    """Forget quality and mean answer probability, from the records of a model and the reference,
+    on what was not learnt again."""
+    mine, theirs = ([r for r in values if r["question"] not in learnt] for values in (mine, theirs))
     quality = evaluation.forget_quality([r["truth_ratio"] for r in mine],
                                         [r["truth_ratio"] for r in theirs])
     return quality, statistics.fmean(r["probability"] for r in mine)
@@ -793,7 +794,7 @@ def distance(metrics, target, retrained):
 
 # 7. A pretrained model on real TOFU
 
-# 57 tokens a question and answer in this format, 82 in the model's own chat. bf16: see RESULTS.md.
+# 57 tokens a question and answer in this format, 82 in the model's own chat.
 REAL = "--template plain --dtype bf16"
 LEARN_TOFU = f"{REAL} --lr 5e-4 --epochs 4 --warmup-epochs 0.25"
 FORGET_TOFU = f"{REAL} --batch-size 16 --epochs 2 --warmup-epochs 0.25 --save-every 0"
@@ -822,7 +823,8 @@ def smollm2(options):
             for method in REAL_METHODS}
     columns = models | {f"{method}, lr {rate}": found[method, rate]
                         for method, rate in best.items()}
-    rows = [[row, *(said(metrics[row]) for metrics in columns.values())] for row in models["target"]]
+    rows = [[row, *(said(metrics[row]) for metrics in columns.values())]
+            for row in models["target"]]
     table("smollm2: forget05, one seed", [["", *columns], *rows])
     shown = [*ROWS[:-1], "forget ROUGE-L recall", "real authors probability"]
     rows = [[f"{method}, lr {rate}", *(number(metrics[row]) for row in shown)]
@@ -865,13 +867,9 @@ def relearn_tofu(output, start, reference, forget):
         [str(output), "--forget", str(forget), *EVAL_TOFU[:-1], "1"], None)  # no texts needed
     files = {"forget": find(forget.with_name(f"{forget.name}_perturbed"))}
     after = evaluation.evaluate_tofu(model, tokenizer, files, options)["forget"]
-    theirs, before, after = ([r for r in values if r["question"] not in learnt] for values in (
-        values_of(reference, forget), values_of(start, forget), after))
-    qualities = [evaluation.forget_quality([r["truth_ratio"] for r in values],
-                                           [r["truth_ratio"] for r in theirs])
-                 for values in (before, after)]
-    return *qualities, *(statistics.fmean(r["probability"] for r in values)
-                         for values in (before, after))
+    qualities, probabilities = zip(*(rest_of(values, values_of(reference, forget), learnt)
+                                     for values in (values_of(start, forget), after)))
+    return *qualities, *probabilities
 
 
 def draw_smollm2(models, found, picture):
