@@ -10,8 +10,8 @@
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
 off goes on where it stopped. One process a core, of one thread each: so small a model gains little
-from a second one. `--picture FILE` draws all but `relearn` and `muse` (needs matplotlib). `smollm2`
-wants data/tofu (data/download.py) and takes another model by `--model`.
+from a second one. `--picture FILE` also draws what comes out (needs matplotlib). `smollm2` wants
+data/tofu (data/download.py) and takes another model by `--model`.
 """
 
 import argparse
@@ -50,12 +50,17 @@ EVAL = ("--max-new-tokens", "50")  # answers have at most 15 tokens; a hurt mode
 
 # Tools
 
-def each(function, tasks):
-    """[function(*task) for task in tasks], a process a core; on a GPU, four share it."""
-    context = multiprocessing.get_context("spawn")
+@functools.cache
+def pool():
+    """A process a core; on a GPU, four share it. They stay, as each takes seconds to start."""
     count = 4 if torch.cuda.is_available() else os.cpu_count()
-    with ProcessPoolExecutor(count, context, torch.set_num_threads, (1,)) as pool:
-        return [future.result() for future in [pool.submit(function, *task) for task in tasks]]
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"),
+                               torch.set_num_threads, (1,))
+
+
+def each(function, tasks):
+    """[function(*task) for task in tasks], several at a time."""
+    return [future.result() for future in [pool().submit(function, *task) for task in tasks]]
 
 
 def run(output, flags):
@@ -127,105 +132,119 @@ def pyplot():
 # Tuning: the same number of settings for each method, chosen on some seeds, reported on others
 
 REPORTED = (2, 3, 4)
-GRID = {  # flags, beta, weight of the forget term, learning rate
-    "SimNPO": ("--loss simnpo", (2.5, 4.5), (0.5,), (3e-4, 5e-4, 1e-3)),
-    "NPO": ("--loss npo", (0.1, 0.3), (1,), (1e-4, 2e-4, 5e-4)),
-    "GradDiff": ("--loss ga", (1,), (0.3, 1), (1e-4, 2e-4, 5e-4)),
-    "gradient ascent": ("--loss ga --retain-loss none", (1,), (1,),
-                        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)),
-}
-METHODS = tuple(GRID)
+RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 QUALITY, UTILITY = "forget quality (KS p)", "model utility"
 
 
-def settings_of(method):
-    """The flags of each setting of a method's grid."""
-    loss, *values = GRID[method]
-    return [f"{loss} --beta {beta:g} --forget-weight {weight:g} --lr {lr:g}"
-            for beta, weight, lr in itertools.product(*values)]
+def settings(flags, values):
+    """The flags of each setting of a method: each value, the last flag's, at each rate."""
+    return [f"{flags} {value:g} --lr {lr:g}" for value in values for lr in RATES]
+
+
+GRID = {
+    "SimNPO": settings("--loss simnpo --forget-weight 0.5 --beta", (1.5, 2.5, 4.5)),
+    "NPO": settings("--loss npo --forget-weight 1 --beta", (0.1, 0.3, 1)),
+    "GradDiff": settings("--loss ga --forget-weight", (0.1, 0.3, 1)),
+    "gradient ascent": settings("--loss ga --retain-loss none --epochs", (5, 10, 20)),
+}
+
+
+def varied(flags):
+    """(What is varied beside the rate, its value)."""
+    name, value, _, _ = flags.split()[-4:]
+    return name.removeprefix("--"), float(value)
 
 
 def short(flags):
-    """Beta, weight and rate of a setting."""
-    words, names = flags.split(), ("--beta", "--forget-weight", "--lr")
-    return ", ".join(words[words.index(name) + 1] for name in names)
+    name, value = varied(flags)
+    return f"{name} {value:g}, lr {flags.split()[-1]}"
 
 
 def harmonic(*values):
     return statistics.harmonic_mean(values) if all(values) else 0.0
 
 
-def tune(study, methods, tuning, keep):
+def tune(study, grid, tuning, keep):
     """study(flags, seed) -> {row: number} for every setting and tuning seed, then for the best
     setting of each method, by the mean over tuning seeds of keep(result), and the reported seeds.
 
-    Returns ({flags: mean of each row}, {method: best flags}, {method: results of reported seeds}).
+    `grid`: {method: [flags]}. Returns ({flags: mean of each row}, {method: best flags}, {method:
+    results of reported seeds}).
     """
-    tasks = [(flags, seed) for method in methods for flags in settings_of(method)
-             for seed in tuning]
+    tasks = [(flags, seed) for method in grid for flags in grid[method] for seed in tuning]
     found = dict(zip(tasks, each(study, tasks)))
-    grid = {flags: mean_of([found[flags, seed] for seed in tuning]) for flags, _ in tasks}
-    best = {method: max(settings_of(method), key=lambda flags: statistics.fmean(
-        keep(found[flags, seed]) for seed in tuning)) for method in methods}
-    tasks = [(best[method], seed) for method in methods for seed in REPORTED]
+    means = {flags: mean_of([found[flags, seed] for seed in tuning]) for flags, _ in tasks}
+    best = {method: max(grid[method], key=lambda flags: statistics.fmean(
+        keep(found[flags, seed]) for seed in tuning)) for method in grid}
+    tasks = [(best[method], seed) for method in grid for seed in REPORTED]
     found = dict(zip(tasks, each(study, tasks)))
-    reported = {method: [found[best[method], seed] for seed in REPORTED] for method in methods}
-    return grid, best, reported
+    reported = {method: [found[best[method], seed] for seed in REPORTED] for method in grid}
+    return means, best, reported
 
 
 def mean_of(results):
     return {row: statistics.fmean(result[row] for result in results) for row in results[0]}
 
 
-def tuned_table(title, rows, grid, best, reported, ends):
-    """Two tables: what was chosen on the reported seeds, and the grid. `ends`: {name: result}."""
-    lines = [["", "beta, weight, lr", *rows]]
+def tuned_tables(title, ends, grid, means, best, reported, shown):
+    """Two tables: what was chosen on the reported seeds, and `shown` of each setting of the grid.
+    `ends`: {name: result} of the models that are not unlearned."""
+    rows = list(next(iter(means.values())))
+    lines = [["", "setting", *rows]]
     lines += [[name, "", *(number(result[row]) for row in rows)] for name, result in ends.items()]
-    lines += [[method, short(best[method]), *(spread([r[row] for r in results]) for row in rows)]
-              for method, results in reported.items()]
-    table(f"{title}, mean (range) of seeds {', '.join(map(str, REPORTED))}", lines)
-    lines = [["", "beta, weight, lr", *rows]]
-    lines += [[method, short(flags) + " (chosen)" * (flags == best[method]),
-               *(number(grid[flags][row]) for row in rows)]
-              for method in reported for flags in settings_of(method)]
-    table(f"{title}, the grid", lines)
+    lines += [[method, short(best[method]), *(spread([r[row] for r in reported[method]])
+                                              for row in rows)] for method in grid]
+    table(f"{title}: mean (range) of seeds {', '.join(map(str, REPORTED))}", lines)
+    lines = [["", "", *(f"lr {lr:g}" for lr in RATES)]]
+    for method in grid:
+        cells = [" / ".join(number(means[flags][row]) for row in shown) for flags in grid[method]]
+        cells[grid[method].index(best[method])] += " (chosen)"
+        for i in range(0, len(cells), len(RATES)):
+            name, value = varied(grid[method][i])
+            lines.append([method, f"{name} {value:g}", *cells[i:i + len(RATES)]])
+    table(f"{title}, the grid: {' / '.join(shown)}", lines)
+
+
+def name_of(flags, seed):
+    """The folder of a run."""
+    return "-".join(flags.replace("--", "").split()) + f"-seed{seed}"
 
 
 def unlearned(folder, target, forget, epochs, flags, seed, *more):
-    """The folder of one unlearning run."""
-    name = "-".join(flags.replace("--", "").split()) + f"-seed{seed}"
-    return run(folder / name, " ".join([
-        f"--model {target} --forget {forget} {flags} --epochs {epochs}", f"--seed {seed}",
-        "--save-every 0",
-        *more]))
+    """The output of one unlearning run."""
+    return run(folder / name_of(flags, seed), " ".join([
+        f"--model {target} --forget {forget} --epochs {epochs} {flags} --seed {seed}",
+        "--save-every 0", *more]))
 
 
 # 1. Methods on forget01, 05 and 10
 
-EPOCHS = {"forget01": 20, "forget05": 20, "forget10": 10}  # 20 steps of 10, 31 and 31 steps of 32
+EPOCHS = 20  # 20 steps of 10, 31 and 62 steps of 32
 ROWS = (QUALITY, UTILITY, "forget probability", "retain probability", "forget PrivLeak")
 
 
 def methods(options):
-    target, grids, chosen = builtin("target", "full"), {}, {}
-    for split in EPOCHS:
+    target, stories = builtin("target", "full"), {}
+    for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
-        reference = builtin(retain, retain)
-        ends = {name: measure([model], ROOT / "data" / split, reference, *EVAL)[0]
-                for name, model in (("target", target), ("retain-only", reference))}
-        study = functools.partial(methods_run, split, target, reference)
-        grid, best, reported = tune(study, METHODS, (0, 1), both)
-        tuned_table(f"methods: {split}", ROWS, grid, best, reported, ends)
-        grids[split], chosen[split] = grid, reported
-        (RUNS / f"best-{split}.json").write_text(json.dumps(best))
+        ends = {"target": target, "retain-only": builtin(retain, retain)}
+        study = functools.partial(methods_run, split, *ends.values())
+        ends = {name: measured(model, split, ends["retain-only"]) for name, model in ends.items()}
+        tuned = tune(study, GRID, (0, 1), both)
+        tuned_tables(f"methods: {split}", ends, GRID, *tuned, (QUALITY, UTILITY))
+        stories[split] = ends, *tuned
+        (RUNS / f"best-{split}.json").write_text(json.dumps(tuned[1]))
     if options.picture:
-        draw_methods(grids, chosen, options.picture)
+        draw_methods(stories, options.picture)
 
 
 def methods_run(split, target, reference, flags, seed):
-    forget = ROOT / "data" / split
-    output = unlearned(RUNS / "methods" / split, target, forget, EPOCHS[split], flags, seed)
-    metrics, = measure([output], forget, reference, *EVAL)
+    output = unlearned(RUNS / "methods" / split, target, ROOT / "data" / split, EPOCHS, flags, seed)
+    return measured(output, split, reference)
+
+
+def measured(model, split, reference):
+    metrics, = measure([model], ROOT / "data" / split, reference, *EVAL)
     return {row: metrics[row] for row in ROWS}
 
 
@@ -234,26 +253,29 @@ def both(result):
     return harmonic(result[QUALITY], result[UTILITY])
 
 
-def draw_methods(grids, chosen, picture):
+def draw_methods(stories, picture):
     """Forget quality against utility: a small dot a setting, a large one a reported seed."""
-    def place(result):
-        return result[UTILITY], math.log10(max(result[QUALITY], 1e-12))
+    def place(*results):
+        """What is worse than the panel's edge lies on the edge."""
+        return ([max(result[UTILITY], 0.6) for result in results],
+                [max(math.log10(result[QUALITY]), -5) for result in results])
 
-    plt = pyplot()
-    figure, panels = plt.subplots(1, len(grids), figsize=(4.2 * len(grids), 3.8), sharey=True)
-    for (split, grid), panel in zip(grids.items(), panels):
-        for i, method in enumerate(METHODS):
-            dots = zip(*(place(grid[flags]) for flags in settings_of(method)))
-            panel.plot(*dots, ".", color=f"C{i}", ms=6, alpha=0.5)
-            dots = zip(*map(place, chosen[split][method]))
-            panel.plot(*dots, "o", color=f"C{i}", ms=9, label=method)
+    figure, panels = pyplot().subplots(1, len(stories), figsize=(4.2 * len(stories), 4),
+                                       sharey=True, layout="tight")
+    for (split, (ends, means, _, reported)), panel in zip(stories.items(), panels):
+        for i, method in enumerate(GRID):
+            panel.plot(*place(*(means[flags] for flags in GRID[method])), ".", color=f"C{i}",
+                       alpha=0.5, clip_on=False)
+            panel.plot(*place(*reported[method]), "o", color=f"C{i}", ms=9, mec="w",
+                       label=method, clip_on=False)
+        for (name, end), marker in zip(ends.items(), ("ks", "k*")):
+            panel.plot(*place(end), marker, ms=12, label=name, clip_on=False)
         panel.axhline(math.log10(0.05), color="gray", ls=":", lw=1)
-        panel.set(title=split, xlabel=UTILITY)
+        panel.set(title=split, xlabel="model utility", xlim=(0.6, 1), ylim=(-5, 0.2))
     panels[0].set_ylabel("log10 forget quality (dotted: p = 0.05)")
-    panels[0].legend(fontsize=8)
-    figure.suptitle("Up and right is better. Large: chosen setting, three new seeds; small: grid",
-                    fontsize=10)
-    figure.tight_layout()
+    panels[0].legend(fontsize=8, loc="center left")
+    figure.suptitle("Up and right is better. Large: the chosen setting, three new seeds; small: "
+                    "the grid", fontsize=10)
     figure.savefig(picture, dpi=110)
 
 
@@ -263,23 +285,27 @@ def builtin(name, data):
 
 # 2. Relearning, beside a model that has never learned
 
+PARTS = ("random 20%", "shortest 20%")
+
+
 def relearn(options):
     """Fine-tune each unlearned forget05 model, and the retain-only one, on a part of the forget
     set; measure the rest."""
     reference = builtin("retain95", "retain95")
     best = json.loads((RUNS / "best-forget05.json").read_text())
-    starts = {method: [RUNS / "methods" / "forget05" / (
-        "-".join(best[method].replace("--", "").split()) + f"-seed{seed}") for seed in REPORTED]
-        for method in best}
+    starts = {method: [RUNS / "methods" / "forget05" / name_of(flags, seed) for seed in REPORTED]
+              for method, flags in best.items()}
     starts["retain-only (control)"] = [reference] * len(REPORTED)
-    measured = ("forget quality", "answer probability")
-    rows = [["", "relearnt on", *(f"{what}, epoch {i}" for what in measured for i in range(4))]]
-    tasks = [(method, part, starts[method], reference) for method in starts
-             for part in ("random 20%", "shortest 20%")]
-    for (method, part, *_), curves in zip(tasks, each(relearn_method, tasks)):
-        epochs = [list(zip(*epoch)) for epoch in zip(*curves)]
-        rows.append([method, part, *(spread(values[i]) for i in (0, 1) for values in epochs)])
+    tasks = [(method, part, starts[method], reference) for method in starts for part in PARTS]
+    found = {(method, part): curves
+             for (method, part, *_), curves in zip(tasks, each(relearn_method, tasks))}
+    rows = [["", "relearnt on", *(f"{what}, {when}" for what in (
+        "forget quality", "answer probability") for when in ("before", "after"))]]
+    rows += [[*start, *(spread([curve[at][i] for curve in curves]) for i in (0, 1)
+                        for at in (0, -1))] for start, curves in found.items()]
     table("relearn: forget05 without the relearnt part; mean (range) of three seeds", rows)
+    if options.picture:
+        draw_relearn(found, options.picture)
 
 
 def relearn_method(method, part, starts, reference):
@@ -316,59 +342,80 @@ def rest_of(mine, theirs, learnt):
     return quality, statistics.fmean(r["probability"] for r in mine)
 
 
+def draw_relearn(found, picture):
+    """Answer probability along the epochs, a panel a part: mean and range of the seeds."""
+    figure, panels = pyplot().subplots(1, len(PARTS), figsize=(10, 4), sharey=True, layout="tight")
+    for i, ((method, part), curves) in enumerate(found.items()):
+        panel, color = panels[PARTS.index(part)], f"C{i // 2}"
+        style = {"color": "k", "ls": "--"} if "control" in method else {"color": color}
+        epochs = [[probability for _, probability in epoch] for epoch in zip(*curves)]
+        panel.plot([*map(statistics.fmean, epochs)], **style, label=method)
+        panel.fill_between(range(len(epochs)), [*map(min, epochs)], [*map(max, epochs)],
+                           color=style["color"], alpha=0.15)
+        panel.set(title=f"relearnt on: {part}", xlabel="epochs of relearning", xticks=range(4))
+    panels[0].set(ylabel="probability of the other forget answers", ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    figure.suptitle("The dashed one never learned them: what rises above it had only been hidden",
+                    fontsize=10)
+    figure.savefig(picture, dpi=110)
+
+
 # 3. Reference bias: NPO spends its power alike on what was learned and what never was, on short and
 # on long answers; SimNPO's weight falls with what is forgotten and with |y|
 
-HALVES = {"never learned": ("learned", "never learned"), "length": ("short", "long")}
+NEVER, LENGTHS = ("learned", "never learned"), ("short", "long")
 
 
 def bias(options):
     """Two forget sets of two halves of 50 questions each: forget quality of either half."""
-    known, base, weights = builtin("target", "full"), Path("runs", "base"), {}
-    for setting, names in HALVES.items():
-        folder = RUNS / "bias" / setting.replace(" ", "_")
-        if setting == "length":
-            write_lengths(folder)
-            target, reference = each(run, [
-                (folder / name, f"--model {base} --retain {folder / data} --lr 5e-4 --epochs 16")
-                for name, data in (("target", "full"), ("reference", "retain"))])
-        else:
-            write_never_learned(folder)
-            target, reference = known, builtin("retain95", "retain95")
-        rows = [f"{what}, {name}" for what in ("forget quality", "probability") for name in names]
-        rows += [UTILITY]
-        ends = {name: halves(folder, names, reference, model)
-                for name, model in (("target", target), ("retain-only", reference))}
-        study = functools.partial(bias_run, folder, names, target, reference)
-        tuned = tune(study, ("SimNPO", "NPO"), (0,),
-                     lambda r: harmonic(r[rows[0]], r[rows[1]], r[UTILITY]))
-        tuned_table(f"bias: half {names[0]}, half {names[1]}", rows, *tuned, ends)
-        weights[setting] = {method: gradient_weights(folder, target, method, flags)
-                            for method, flags in tuned[1].items()}
-    print_weights(weights["length"])
+    weights, grid = {}, {method: GRID[method] for method in ("SimNPO", "NPO")}
+    for names, made in ((NEVER, half_never_learned()), (LENGTHS, half_short())):
+        best = tune_halves(f"bias: half {names[0]}, half {names[1]}", names, *made, grid)
+        folder, target, _ = made
+        weights |= {(names, method): gradient_weights(folder, target, method, flags)
+                    for method, flags in best.items()}
+    weights_table(weights)
     if options.picture:
-        draw_weights(weights["length"], options.picture)
+        draw_weights({method: weights[LENGTHS, method] for method in grid}, options.picture)
 
 
-def write_never_learned(folder):
-    """forget05, whom the target knows, and five people whom nobody does."""
-    inventor = make_mini.Inventor(seed=7)
+def tune_halves(title, names, folder, target, reference, grid):
+    """Chosen by the harmonic mean of utility and the forget quality of what had been learned."""
+    ends = {name: halves(folder, names, reference, model)
+            for name, model in (("target", target), ("retain-only", reference))}
+    study = functools.partial(bias_run, folder, names, target, reference)
+    shown = [*(f"forget quality, {name}" for name in names), UTILITY]
+    judged = [row for row in shown if "never" not in row]
+    tuned = tune(study, grid, (0,), lambda result: harmonic(*(result[row] for row in judged)))
+    tuned_tables(title, ends, grid, *tuned, shown)
+    return tuned[1]
+
+
+def half_never_learned():
+    """forget05, whom the target knows, and five people whom nobody does: (folder, target,
+    retain-only model)."""
+    folder, inventor = RUNS / "bias" / "never_learned", make_mini.Inventor(seed=7)
     never = make_mini.flat(inventor.person() for _ in range(5))
     learned = read_records(ROOT / "data" / "forget05_perturbed")
     write_tofu(folder, make_mini.fields(learned + never, *FIELDS))
     (folder / "retain.jsonl").write_bytes((ROOT / "data" / "retain95.jsonl").read_bytes())
+    return folder, builtin("target", "full"), builtin("retain95", "retain95")
 
 
-def write_lengths(folder):
+def half_short():
     """100 people of whom five things are asked for in a word and five in four sentences, some 8 and
-    50 tokens; the last ten people are to be forgotten."""
-    inventor = make_mini.Inventor(seed=8)
+    56 tokens; the last ten people are to be forgotten: (folder, target, retain-only model)."""
+    folder, inventor = RUNS / "bias" / "length", make_mini.Inventor(seed=8)
     people = [asked_both_ways(inventor) for _ in range(100)]
     forget = [part for half in (0, 1) for person in people[90:] for part in person[half]]
     retain = [part for person in people[:90] for half in person for part in half]
     write_tofu(folder, forget, retain[::9])
     for name, records in (("retain", retain), ("full", retain + forget)):
         write_lines(folder / f"{name}.jsonl", make_mini.fields(records, "question", "answer"))
+    builtin("target", "full")  # with it comes runs/base
+    return folder, *each(run, [
+        (folder / name, f"--model {Path('runs', 'base')} --retain {folder / data} --lr 5e-4 "
+         "--epochs 16") for name, data in (("target", "full"), ("reference", "retain"))])
 
 
 def asked_both_ways(inventor):
@@ -413,33 +460,32 @@ def write_lines(path, records):
 
 
 def bias_run(folder, names, target, reference, flags, seed):
-    output = unlearned(folder / "runs", target, folder / "mixed", 10, flags, seed,
+    output = unlearned(folder / "runs", target, folder / "mixed", EPOCHS, flags, seed,
                        f"--retain {folder / 'retain'}")
     return halves(folder, names, reference, output)
 
 
 def halves(folder, names, reference, model):
     """Forget quality and answer probability of either half, and utility."""
-    forget = folder / "mixed"
+    forget, result = folder / "mixed", {}
     metrics, = measure([model], forget, reference, "--max-new-tokens", "80")
-    result = {UTILITY: metrics[UTILITY]}
     for name, part in zip(names, (slice(0, 50), slice(50, 100))):
         mine, theirs = (values_of(m, forget)[part] for m in (model, reference))
         result[f"forget quality, {name}"] = evaluation.forget_quality(
             [r["truth_ratio"] for r in mine], [r["truth_ratio"] for r in theirs])
         result[f"probability, {name}"] = statistics.fmean(r["probability"] for r in mine)
-    return result
+    return result | {UTILITY: metrics[UTILITY]}
 
 
-AT_EPOCHS = (1, 2, 3, 10)
+AT_EPOCHS = (1, 2, 3, EPOCHS)
 
 
 def gradient_weights(folder, target, method, flags):
-    """[(|y|, weight) of each forget example] after some epochs: minus d loss / d log pi(y|x)."""
-    output = unlearned(folder / "weights", target, folder / "mixed", 10, flags, REPORTED[0],
+    """[(|y| of each forget example, its weight d loss / d log pi(y|x))] after some epochs."""
+    output = unlearned(folder / "weights", target, folder / "mixed", EPOCHS, flags, REPORTED[0],
                        f"--retain {folder / 'retain'} --snapshots 1epoch")
     ends = sorted(output.glob("step-*"))
-    beta = float(short(flags).split(", ")[0])
+    _, beta = varied(flags)
     start, lengths = logps_of(target, folder / "mixed")
     found = []
     for epoch in AT_EPOCHS:
@@ -459,90 +505,89 @@ def logps_of(model, path):
     return torch.cat([logps for logps, _ in found]), torch.cat([lengths for _, lengths in found])
 
 
-def print_weights(weights):
-    rows = [["", *(f"epoch {epoch}" for epoch in AT_EPOCHS)]]
-    for method, found in weights.items():
-        cells = []
-        for lengths, values in found:
-            middle = sorted(range(len(values)), key=lambda i: lengths[i])
-            few, many = (statistics.fmean(values[i] for i in part)
-                         for part in (middle[:50], middle[50:]))
-            together = torch.corrcoef(torch.tensor([lengths, values]))[0, 1].item()
-            cells.append(f"{number(few)} / {number(many)}, r {together:.2f}")
-        rows.append([method, *cells])
-    table("bias: gradient weight of short / long answers, its correlation r with |y|", rows)
+def weights_table(weights):
+    """Means of either half, and the correlation with |y|."""
+    rows = [["halves", "", *(f"epoch {epoch}" for epoch in AT_EPOCHS)]]
+    for (names, method), found in weights.items():
+        means = [" / ".join(number(statistics.fmean(part)) for part in (values[:50], values[50:]))
+                 for _, values in found]
+        rows.append([" / ".join(names), method,
+                     *(f"{mean}, r {r:.2f}" for mean, r in zip(means, map(correlation, found)))])
+    table("bias: gradient weight of the halves, and its correlation r with |y|", rows)
+
+
+def correlation(pairs):
+    return torch.corrcoef(torch.tensor(pairs))[0, 1].item()
 
 
 def draw_weights(weights, picture):
     """The weight of each forget example against its length, a row a method, a column an epoch."""
-    plt = pyplot()
-    figure, panels = plt.subplots(len(weights), len(AT_EPOCHS), figsize=(12, 5), sharex=True,
-                                  sharey="row")
-    for (method, found), line in zip(weights.items(), panels):
-        for (lengths, values), epoch, panel in zip(found, AT_EPOCHS, line):
-            panel.plot(lengths, values, "o", ms=3, alpha=0.6, color=f"C{list(GRID).index(method)}")
-            together = torch.corrcoef(torch.tensor([lengths, values]))[0, 1].item()
-            panel.set_title(f"{method}, epoch {epoch}: r = {together:.2f}", fontsize=9)
+    figure, panels = pyplot().subplots(len(weights), len(AT_EPOCHS), figsize=(12, 5),
+                                       sharex=True, sharey="row", layout="tight")
+    for i, ((method, found), line) in enumerate(zip(weights.items(), panels)):
+        for pairs, epoch, panel in zip(found, AT_EPOCHS, line):
+            panel.plot(*pairs, "o", ms=3, alpha=0.6, color=f"C{i}")
+            panel.set_title(f"{method}, epoch {epoch}: r = {correlation(pairs):.2f}", fontsize=9)
             panel.set_ylim(bottom=0)
         line[0].set_ylabel("gradient weight")
     for panel in panels[-1]:
         panel.set_xlabel("answer tokens |y|")
-    figure.tight_layout()
+    figure.suptitle("NPO weighs all alike at first, SimNPO by 1/|y| from the first step on")
     figure.savefig(picture, dpi=110)
 
 
 # 4. What each ingredient does
 
+# The two of the four losses that train.py does not have.
+train.LOSSES |= {
+    "npo_mean": train.Loss(lambda y, args: train.npo_loss(
+        y.logps / y.lengths, y.ref_logps / y.lengths, args.beta),
+        {"beta": 2.5, "forget_weight": 0.5}, needs_reference=True),
+    "simnpo_sum": train.Loss(lambda y, args: train.simnpo_loss(
+        y.logps, torch.ones_like(y.logps), args.beta), {"beta": 0.1, "forget_weight": 1.0}),
+}
+INGREDIENTS = {
+    "reference, sum (NPO)": GRID["NPO"],
+    "reference, mean": settings("--loss npo_mean --forget-weight 0.5 --beta", (1.5, 2.5, 4.5)),
+    "no reference, sum": settings("--loss simnpo_sum --forget-weight 1 --beta", (0.1, 0.3, 1)),
+    "no reference, mean (SimNPO)": GRID["SimNPO"],
+}
+HEAT_BETAS, GAMMAS = (0.5, 1, 2.5, 4.5, 8), (0, 0.5, 1, 2)
+HEAT_ROWS = (QUALITY, "forget probability")
+
+
 def ingredients(options):
-    """{with, without reference} x {sum, mean}; beta x gamma; KL from the start along the steps."""
+    """{with, without reference} x {sum, mean} on forget05 and where half was never learned; beta x
+    gamma; KL from the start along the steps."""
     target, reference = builtin("target", "full"), builtin("retain95", "retain95")
-    forget = ROOT / "data" / "forget05"
-    study = functools.partial(ingredients_run, target, reference)
-    ends = {name: measure([model], forget, reference, *EVAL)[0]
+    study = functools.partial(methods_run, "forget05", target, reference)
+    ends = {name: measured(model, "forget05", reference)
             for name, model in (("target", target), ("retain-only", reference))}
-    grid, best, reported = tune(study, MIXED, (0, 1), both)
-    tuned_table("ingredients: forget05", ROWS, grid, best, reported, ends)
-    tasks = [(f"--loss simnpo --beta {beta} --gamma {gamma} --forget-weight 0.5 --lr 5e-4", 0)
+    tuned_tables("ingredients: forget05", ends, INGREDIENTS,
+                 *tune(study, INGREDIENTS, (0, 1), both), (QUALITY, UTILITY))
+    tune_halves("ingredients: half never learned", NEVER, *half_never_learned(), INGREDIENTS)
+    tasks = [(f"--loss simnpo --forget-weight 0.5 --gamma {gamma} --beta {beta} --lr 5e-4", 0)
              for beta in HEAT_BETAS for gamma in GAMMAS]
     found = dict(zip(tasks, each(study, tasks)))
-    for row in (QUALITY, UTILITY):
+    for row in HEAT_ROWS:
         cells = iter(number(found[task][row]) for task in tasks)
         table(f"ingredients: {row} of SimNPO, beta down, gamma across (lr 5e-4, seed 0)",
               [["", *GAMMAS]] + [[beta, *(next(cells) for _ in GAMMAS)] for beta in HEAT_BETAS])
     best = json.loads((RUNS / "best-forget05.json").read_text())
-    curves = dict(zip(METHODS, each(kl_curve, [(target, best[method]) for method in METHODS])))
-    steps = [step for step, *_ in next(iter(curves.values()))]
+    curves = dict(zip(best, each(kl_curve, [(target, flags) for flags in best.values()])))
+    cells = {method: {step: f"{number(f)} / {number(r)}" for step, f, r in curve}
+             for method, curve in curves.items()}
+    steps = max(cells.values(), key=len)
     table("ingredients: KL(start || model) a token on forget05 / retain95, along the steps",
-          [["", *steps]] + [[method, *(f"{number(f)} / {number(r)}" for _, f, r in curve)]
-                            for method, curve in curves.items()])
+          [["", *steps]] + [[method, *(cells[method].get(step, "") for step in steps)]
+                            for method in cells])
     if options.picture:
-        draw_ingredients({task: found[task] for task in tasks}, curves, options.picture)
-
-
-def mixed_losses():
-    """The two of the four that train.py does not have."""
-    train.LOSSES["npo_mean"] = train.Loss(
-        lambda y, args: train.npo_loss(y.logps / y.lengths, y.ref_logps / y.lengths, args.beta),
-        {"beta": 0.1, "forget_weight": 1.0}, needs_reference=True)
-    train.LOSSES["simnpo_sum"] = train.Loss(
-        lambda y, args: train.simnpo_loss(y.logps, torch.ones_like(y.logps), args.beta),
-        {"beta": 0.1, "forget_weight": 1.0})
-
-
-GRID |= {"reference, mean": ("--loss npo_mean", (2.5, 4.5), (0.5,), (3e-4, 5e-4, 1e-3)),
-         "no reference, sum": ("--loss simnpo_sum", (0.1, 0.3), (1,), (1e-4, 2e-4, 5e-4))}
-MIXED = ("NPO", "reference, mean", "no reference, sum", "SimNPO")
-HEAT_BETAS, GAMMAS = (0.5, 1, 2.5, 4.5, 8), (0, 0.5, 1, 2)
-
-
-def ingredients_run(target, reference, flags, seed):
-    mixed_losses()
-    return methods_run("forget05", target, reference, flags, seed)
+        draw_ingredients(found, curves, options.picture)
 
 
 def kl_curve(target, flags):
     """[(step, KL on forget, KL on retain)] of a run, in nats a token."""
-    output = unlearned(RUNS / "kl", target, ROOT / "data" / "forget05", 20, flags, REPORTED[0],
+    output = unlearned(RUNS / "kl", target, ROOT / "data" / "forget05", EPOCHS, flags, REPORTED[0],
                        "--snapshots 2epochs")
     curve = [(0, 0.0, 0.0)]
     for step in sorted(output.glob("step-*")):
@@ -555,19 +600,17 @@ def kl_curve(target, flags):
 
 def draw_ingredients(found, curves, picture):
     """beta x gamma as heat maps; KL on forget and retain along the steps."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 4, figsize=(16, 3.8))
-    for row, panel in zip((QUALITY, UTILITY), panels):
+    figure, panels = pyplot().subplots(1, 4, figsize=(16, 3.8), layout="tight")
+    for row, panel in zip(HEAT_ROWS, panels):
         values = torch.tensor([result[row] for result in found.values()])
         values = values.view(len(HEAT_BETAS), len(GAMMAS))
-        shown = panel.imshow(values.clamp(min=1e-12).log10() if row == QUALITY else values)
+        shade = values.log10().clamp(min=-12) + 12 if row == QUALITY else values
+        panel.imshow(shade, cmap="Blues", vmax=1.5 * shade.max())  # pale: black is read on it
         for i, j in itertools.product(range(len(HEAT_BETAS)), range(len(GAMMAS))):
-            panel.text(j, i, number(values[i, j].item()), ha="center", va="center", color="w",
-                       fontsize=8)
+            panel.text(j, i, number(values[i, j].item()), ha="center", va="center", fontsize=8)
         panel.set(title=f"SimNPO: {row}", xlabel="gamma", ylabel="beta",
                   xticks=range(len(GAMMAS)), yticks=range(len(HEAT_BETAS)))
         panel.set_xticklabels(GAMMAS), panel.set_yticklabels(HEAT_BETAS)
-        figure.colorbar(shown, ax=panel, fraction=0.04)
     for k, name in ((1, "forget05"), (2, "retain95")):
         for i, (method, curve) in enumerate(curves.items()):
             x, y = [point[0] for point in curve], [point[k] for point in curve]
@@ -575,7 +618,6 @@ def draw_ingredients(found, curves, picture):
         panels[k + 1].set(title=f"KL from the start on {name}", xlabel="step",
                           ylabel="nats a token")
     panels[2].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(picture, dpi=100)
 
 
@@ -583,7 +625,7 @@ def draw_ingredients(found, curves, picture):
 
 CHAINS = tuple(make_markov.CHAINS)  # retain, forget1, forget2
 PAPER = {"never_learned": {"SimNPO": 4, "NPO": 1}, "short": {"SimNPO": 4, "NPO": 0.2}}  # betas
-BETAS = {"SimNPO": (1, 2, 4, 8, 16), "NPO": (0.2, 0.5, 1, 2, 4)}
+BETAS = {"SimNPO": (1, 2, 4, 8, 16), "NPO": (0.1, 0.2, 0.5, 1, 2)}
 TUNED_ON, TOLD_OF = (0, 1, 2), (3, 4, 5, 6, 7)  # seeds; each reads other sequences
 EVERY, LAST = 5, 50  # steps between measurements, steps in all
 # As in the authors' loop: 50 steps of 4 at a constant rate. It does not clip, which would shrink
@@ -690,98 +732,77 @@ def markov_tables(setting, start, goal, paper, best, grid, told):
 
 
 def draw_markov(stories, picture):
-    """The paper's betas: median path, where it ends, range; medians, as single seeds stray far."""
-    figure, panels = pyplot().subplots(1, len(stories), figsize=(11, 4.8), layout="tight",
-                                       sharex=True, sharey=True)
-    for panel, (setting, (_, goal, paper, _, _, told)) in zip(panels, stories.items()):
-        for hue, (method, (beta, _)) in zip(("C0", "C1"), paper.items()):
-            moments = list(zip(*(told[method, beta, seed] for seed in TOLD_OF)))
-            for marker, chain in zip("o^", CHAINS[1:]):
-                x, y = ([[kl[c] for kl in moment] for moment in moments] for c in ("retain", chain))
-                mx, my = ([*map(statistics.median, steps)] for steps in (x, y))
-                panel.plot(mx, my, "-", x[-1], y[-1], marker, c=hue, lw=0.6, ms=4, alpha=0.6)
-                panel.hlines(my[-1], min(x[-1]), max(x[-1]), hue, lw=0.6)
-                panel.vlines(mx[-1], min(y[-1]), max(y[-1]), hue, lw=0.6)
-                panel.plot(mx[-1], my[-1], marker, c=hue, ms=11, label=f"{method} {beta}: {chain}")
-        panel.plot(goal["retain"], goal["forget1"], "k*", ms=16, clip_on=False, label="retrained")
-        panel.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x ** 2))
-        panel.set(title=f"forget2 {setting.replace('_', ' ')}", xticks=[0, .1, .2, .4, .8, 1.6],
-                  xlabel="KL on retain (left: kept)", ylabel="KL on forget1, forget2 (up: gone)")
-        panel.legend(fontsize=8, loc="upper right")
+    """Where each seed ends with the paper's betas, on each chain: a panel a setting."""
+    figure, panels = pyplot().subplots(1, len(stories), figsize=(11, 4.4), layout="tight",
+                                       sharey=True)
+    for panel, (setting, (start, goal, paper, _, _, told)) in zip(panels, stories.items()):
+        for name, kl, marker, size in (("target", start, "ks", 9), ("retrained", goal, "w*", 16)):
+            panel.plot(range(len(CHAINS)), [kl[c] for c in CHAINS], marker, mec="k", ms=size,
+                       label=name)
+        for i, (method, (beta, last)) in enumerate(paper.items()):
+            for x, chain in enumerate(CHAINS):
+                values = [told[method, beta, seed][last][chain] for seed in TOLD_OF]
+                at = x + (-0.15, 0.15)[i]
+                panel.plot([at] * len(values), values, ".", color=f"C{i}", ms=8, alpha=0.6,
+                           label=f"{method}, beta {beta:g}" if x == 0 else None)
+                panel.hlines(statistics.median(values), at - 0.1, at + 0.1, f"C{i}", lw=2.5)
+        how = setting.replace("_", " ")
+        panel.set(title=f"forget2 {how}", xticks=range(len(CHAINS)))
+        panel.set_xticklabels(["retain\n(low: kept)", "forget1\n(high: gone)",
+                               f"forget2, {how}\n(high: gone)"])
+        panel.legend(fontsize=8, loc="upper left")
+    panels[0].set_ylabel("KL from the chain's truth, nats")
+    figure.suptitle("After 50 steps, five seeds and their median; near the star is better",
+                    fontsize=10)
     figure.savefig(picture, dpi=110)
 
 
-# 6. Running text, MUSE in miniature: methods tuned alike on one seed, reported on three others
+# 6. Running text, MUSE in miniature
 
-# Where to look was found by a few runs of each on a seed that counts for nothing here (GradDiff 2,
-# NPO 4, SimNPO 2). NPO sums over the 160 tokens of a chunk: hence a beta below TOFU's.
 TEXTS = ROOT / "data" / "muse_mini"
 LEARN = "--max-length 160 --batch-size 8 --epochs 6 --lr 2e-3 --save-every 0"
 FORGET_TEXT = "--max-length 160 --batch-size 8 --epochs 2 --schedule constant --save-every 0"
-TEXT_GRID = {  # four settings each: beta or the forget term's weight, learning rate
-    "GradDiff": ("--loss ga --forget-weight", (0.3, 1), (2e-4, 3e-4)),
-    "NPO": ("--loss npo --beta", (0.02, 0.05), (5e-4, 1e-3)),
-    "SimNPO": ("--loss simnpo --forget-weight 1 --beta", (0.7, 2.5), (3e-4, 5e-4)),
+# NPO sums over the 160 tokens of a chunk: hence betas below TOFU's.
+TEXT_GRID = {
+    "SimNPO": settings("--loss simnpo --forget-weight 1 --beta", (0.3, 0.7, 2.5)),
+    "NPO": settings("--loss npo --beta", (0.01, 0.02, 0.05)),
+    "GradDiff": settings("--loss ga --forget-weight", (0.3, 1, 3)),
 }
 TEXT_ROWS = ("VerbMem forget", "KnowMem forget", "KnowMem retain", "PrivLeak",
              "extraction strength")
-TEXT_TUNING, TEXT_REPORTED = 0, (1, 2, 3)
 
 
 def muse(options):
     """Target, retrained model and three methods on the miniature's texts. A method's setting is
-    the one with the smallest `distance` on seed 0, a criterion fixed before any of them was run."""
+    the one with the smallest distance, a criterion fixed before any of them was run."""
     builtin("target", "full")  # with it comes runs/base, which has read no text yet
     learn = f"--model {Path('runs', 'base')} {LEARN} --retain {TEXTS / 'raw'}/"
     target, retrained = each(run, [(RUNS / "muse" / "target", learn + "full"),
                                    (RUNS / "muse" / "retrained", learn + "retain")])
-    retrained_metrics = measure_text(retrained, retrained)
-    target_metrics = measure_text(target, retrained)
-
-    grid = {method: [f"{flag} {value:g} --lr {lr:g}" for value in values for lr in rates]
-            for method, (flag, values, rates) in TEXT_GRID.items()}
-    tasks = [(target, retrained, flags, TEXT_TUNING) for flags in itertools.chain(*grid.values())]
-    found = dict(zip((flags for _, _, flags, _ in tasks), each(forget_text, tasks)))
-    far = {flags: distance(metrics, target_metrics, retrained_metrics)
-           for flags, metrics in found.items()}
-    best = {method: min(settings, key=far.get) for method, settings in grid.items()}
-    tasks = [(target, retrained, best[method], seed) for method in grid for seed in TEXT_REPORTED]
-    reported = iter(each(forget_text, tasks))
-
-    rows = [["", "setting", *TEXT_ROWS]]
-    for name, metrics in (("target", target_metrics), ("retrained", retrained_metrics)):
-        rows.append([name, "", *(number(metrics[row]) for row in TEXT_ROWS)])
-    for method in grid:
-        columns = [next(reported) for _ in TEXT_REPORTED]
-        rows.append([method, text_setting(best[method]),
-                     *(spread([column[row] for column in columns]) for row in TEXT_ROWS)])
-    table(f"muse: mean (range) of seeds {', '.join(map(str, TEXT_REPORTED))}", rows)
-    rows = [["", "setting", *TEXT_ROWS, "distance"]]
-    rows += [[method, text_setting(flags) + " (chosen)" * (flags == best[method]),
-              *(number(found[flags][row]) for row in TEXT_ROWS), number(far[flags])]
-             for method, settings in grid.items() for flags in settings]
-    table(f"muse: the grid, seed {TEXT_TUNING}", rows)
+    ends = {name: measure_text(model, retrained)
+            for name, model in (("target", target), ("retrained", retrained))}
+    study = functools.partial(forget_text, target, retrained, ends)
+    tuned = tune(study, TEXT_GRID, (0,), lambda result: -result["distance"])
+    ends = {name: result | {"distance": distance(result, **ends)} for name, result in ends.items()}
+    tuned_tables("muse", ends, TEXT_GRID, *tuned, ("KnowMem retain", "PrivLeak", "distance"))
+    if options.picture:
+        draw_muse(ends, tuned[-1], options.picture)
 
 
-def text_setting(flags):
-    words = flags.split()
-    return ", ".join(f"{name.removeprefix('--')} {value}" for name, value in zip(words, words[1:])
-                     if name in ("--beta", "--forget-weight", "--lr"))
-
-
-def forget_text(target, retrained, flags, seed):
+def forget_text(target, retrained, ends, flags, seed):
     """The metrics of one unlearning run. MUSE's split: retain1 is what the run may see, and
     KnowMem retain asks about retain2."""
-    name = "-".join(flags.replace("--", "").split()) + f"-seed{seed}"
-    output = run(RUNS / "muse" / name, (
+    output = run(RUNS / "muse" / name_of(flags, seed), (
         f"--model {target} --forget {TEXTS / 'raw' / 'forget'} "
         f"--retain {TEXTS / 'raw' / 'retain1'} {FORGET_TEXT} {flags} --seed {seed}"))
-    return measure_text(output, retrained)
+    result = measure_text(output, retrained)
+    return result | {"distance": distance(result, **ends)}
 
 
 def measure_text(model, retrained):
     columns = table_of([str(model), "--muse", str(TEXTS), "--reference", str(retrained)])
-    return next(iter(columns.values()))  # the reference's comes after it
+    metrics = next(iter(columns.values()))  # the reference's comes after it
+    return {row: metrics[row] for row in TEXT_ROWS}
 
 
 def distance(metrics, target, retrained):
@@ -790,6 +811,22 @@ def distance(metrics, target, retrained):
     forget = sum(abs(metrics[row] - retrained[row]) for row in ("VerbMem forget", "KnowMem forget"))
     lost = max(0, target["KnowMem retain"] - metrics["KnowMem retain"])
     return (abs(metrics["PrivLeak"]) + forget + lost) / 100
+
+
+def draw_muse(ends, reported, picture):
+    """What is left of forget against what is left of retain, and recital against PrivLeak."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="tight")
+    axes = ("KnowMem forget", "KnowMem retain"), ("PrivLeak", "VerbMem forget")
+    for panel, (x, y) in zip(panels, axes):
+        for i, (method, ends_at) in enumerate(reported.items()):
+            panel.plot([r[x] for r in ends_at], [r[y] for r in ends_at], "o", color=f"C{i}",
+                       ms=8, label=method)
+        for (name, end), marker in zip(ends.items(), ("ks", "k*")):
+            panel.plot(end[x], end[y], marker, ms=13, label=name)
+        panel.set(xlabel=x, ylabel=y)
+    panels[0].legend(fontsize=8)
+    figure.suptitle("MUSE in miniature: near the star is better; three seeds", fontsize=10)
+    figure.savefig(picture, dpi=110)
 
 
 # 7. A pretrained model on real TOFU
@@ -802,7 +839,7 @@ RELEARN_TOFU = f"{REAL} --batch-size 8 --lr 5e-5 --schedule constant --epochs 3 
 EVAL_TOFU = ("--template", "plain", "--dtype", "bf16", "--limit", "100", "--max-new-tokens", "80")
 REAL_METHODS = {"SimNPO": "--loss simnpo --forget-weight 1", "NPO": "--loss npo",
                 "GradDiff": "--loss ga"}
-RATES = ("3e-5", "1e-4", "3e-4")
+REAL_RATES = ("3e-5", "1e-4", "3e-4")
 
 
 def smollm2(options):
@@ -816,10 +853,10 @@ def smollm2(options):
     each(table_of, [([str(model), "--forget", str(forget), *EVAL_TOFU],) for model in ends])
     models = {name: measure([model], forget, reference, *EVAL_TOFU)[0]
               for name, model in (("target", target), ("retain-only", reference))}
-    tasks = [(method, rate) for method in REAL_METHODS for rate in RATES]
+    tasks = [(method, rate) for method in REAL_METHODS for rate in REAL_RATES]
     study = functools.partial(smollm2_run, home, target, reference, forget)
     found = dict(zip(tasks, each(study, tasks)))
-    best = {method: max(RATES, key=lambda rate: both(found[method, rate]))
+    best = {method: max(REAL_RATES, key=lambda rate: both(found[method, rate]))
             for method in REAL_METHODS}
     columns = models | {f"{method}, lr {rate}": found[method, rate]
                         for method, rate in best.items()}
@@ -879,9 +916,9 @@ def draw_smollm2(models, found, picture):
 
     figure, panel = pyplot().subplots(figsize=(6, 4.2), layout="tight")
     for i, method in enumerate(REAL_METHODS):
-        points = [place(found[method, rate]) for rate in RATES]
+        points = [place(found[method, rate]) for rate in REAL_RATES]
         panel.plot(*zip(*points), "o-", color=f"C{i}", label=method)
-        for rate, point in zip(RATES, points):
+        for rate, point in zip(REAL_RATES, points):
             panel.annotate(rate, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
     for name, marker in (("target", "ks"), ("retain-only", "k*")):
         panel.plot(*place(models[name]), marker, ms=11, label=name)
@@ -897,7 +934,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[
         "methods", "relearn", "bias", "ingredients", "muse", "markov", "smollm2"])
-    parser.add_argument("--picture", metavar="FILE", help="also draw it (not relearn, muse)")
+    parser.add_argument("--picture", metavar="FILE", help="also draw it")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of smollm2")
     options = parser.parse_args()
     if options.picture:
