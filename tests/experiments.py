@@ -1,4 +1,4 @@
-"""The paper's claims, seen with one's own eyes: each table of RESULTS.md by one command.
+"""The paper's claims, seen with one's own eyes: each study of RESULTS.md by one command.
 
     python tests/experiments.py methods      SimNPO, NPO, GradDiff, gradient ascent compared
     python tests/experiments.py relearn      how fast unlearned models learn it back (after methods)
@@ -9,8 +9,9 @@
     python tests/experiments.py smollm2      a pretrained model on real TOFU, in some hours
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
-off goes on where it stopped. One process a core, of one thread each: so small a model gains little
-from a second one. `--picture FILE` also draws what comes out (needs matplotlib). `smollm2` wants
+off goes on where it stopped. (What is complete is not made again: delete it if you change how it is
+made.) One process a core, of one thread each: so small a model gains little from a second one.
+`--picture FILE` also draws what comes out (needs matplotlib). `smollm2` wants
 data/tofu (data/download.py) and takes another model by `--model`.
 """
 
@@ -63,15 +64,20 @@ def each(function, tasks):
     return [future.result() for future in [pool().submit(function, *task) for task in tasks]]
 
 
-def run(output, flags):
-    """train.py with these flags, unless its output is complete."""
+def run(output, flags, **paths):
+    """train.py with these flags and --NAME PATH, unless its output is complete."""
     if not (output / "config.json").exists() and not (output / "eval.json").exists():
-        argv = [*flags.split(), "--output", str(output), *["--resume"] * output.exists()]
+        argv = [*flags.split(), *(f"--{name}={path}" for name, path in paths.items()),
+                f"--output={output}", *["--resume"] * output.exists()]
         with contextlib.redirect_stdout(io.StringIO()):
             status = train.main(argv)
         if status:
             sys.exit(status)
     return output
+
+
+def builtin(name, data):
+    return run(Path("runs", name), "", retain=ROOT / "data" / data)
 
 
 def measure(models, forget, reference, *flags):
@@ -110,13 +116,10 @@ def spread(values):
 
 
 def table(title, rows):
-    """Print a Markdown table (rows of texts, the first the head), kept under runs/experiments."""
+    """Print a Markdown table (rows of texts, the first the head)."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    text = "\n".join(lines) + "\n"
-    print(f"\n{title}\n\n{text}", flush=True)
-    with (RUNS / "tables.md").open("a") as file:
-        file.write(f"{title}\n\n{text}\n")
+    print(f"\n{title}\n", *lines, sep="\n", flush=True)
 
 
 def pyplot():
@@ -131,6 +134,7 @@ def pyplot():
 
 # Tuning: the same number of settings for each method, chosen on some seeds, reported on others
 
+EPOCHS = 20  # on 10, 50 and 100 examples: 20 steps of 10, 31 and 62 steps of 32
 REPORTED = (2, 3, 4)
 RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 QUALITY, UTILITY = "forget quality (KS p)", "model utility"
@@ -160,10 +164,6 @@ def short(flags):
     return f"{name} {value:g}, lr {flags.split()[-1]}"
 
 
-def harmonic(*values):
-    return statistics.harmonic_mean(values) if all(values) else 0.0
-
-
 def tune(study, grid, tuning, keep):
     """study(flags, seed) -> {row: number} for every setting and tuning seed, then for the best
     setting of each method, by the mean over tuning seeds of keep(result), and the reported seeds.
@@ -182,8 +182,8 @@ def tune(study, grid, tuning, keep):
     return means, best, reported
 
 
-def mean_of(results):
-    return {row: statistics.fmean(result[row] for result in results) for row in results[0]}
+def mean_of(found):
+    return {row: statistics.fmean(result[row] for result in found) for row in found[0]}
 
 
 def tuned_tables(title, ends, grid, means, best, reported, shown):
@@ -210,21 +210,29 @@ def name_of(flags, seed):
     return "-".join(flags.replace("--", "").split()) + f"-seed{seed}"
 
 
-def unlearned(folder, target, forget, epochs, flags, seed, *more):
-    """The output of one unlearning run."""
-    return run(folder / name_of(flags, seed), " ".join([
-        f"--model {target} --forget {forget} --epochs {epochs} {flags} --seed {seed}",
-        "--save-every 0", *more]))
+def unlearned(folder, target, forget, flags, seed, more="", **paths):
+    """The output of one unlearning run. `flags` may have epochs of their own."""
+    return run(folder / name_of(flags, seed),
+               f"--epochs {EPOCHS} {flags} --seed {seed} --save-every 0 {more}",
+               model=target, forget=forget, **paths)
 
 
 # 1. Methods on forget01, 05 and 10
 
-EPOCHS = 20  # 20 steps of 10, 31 and 62 steps of 32
 ROWS = (QUALITY, UTILITY, "forget probability", "retain probability", "forget PrivLeak")
 
 
+BEST = RUNS / "best.json"  # what `methods` chose, for those that start from it
+
+
+def best_of(split):
+    if not BEST.exists():
+        sys.exit("error: it starts from what `methods` chose; run that first")
+    return json.loads(BEST.read_text())[split]
+
+
 def methods(options):
-    target, stories = builtin("target", "full"), {}
+    target, stories, best = builtin("target", "full"), {}, {}
     for split in ("forget01", "forget05", "forget10"):
         retain = f"retain{100 - int(split[-2:])}"
         ends = {"target": target, "retain-only": builtin(retain, retain)}
@@ -233,13 +241,14 @@ def methods(options):
         tuned = tune(study, GRID, (0, 1), both)
         tuned_tables(f"methods: {split}", ends, GRID, *tuned, (QUALITY, UTILITY))
         stories[split] = ends, *tuned
-        (RUNS / f"best-{split}.json").write_text(json.dumps(tuned[1]))
+        best[split] = tuned[1]
+    BEST.write_text(json.dumps(best))
     if options.picture:
         draw_methods(stories, options.picture)
 
 
 def methods_run(split, target, reference, flags, seed):
-    output = unlearned(RUNS / "methods" / split, target, ROOT / "data" / split, EPOCHS, flags, seed)
+    output = unlearned(RUNS / "methods" / split, target, ROOT / "data" / split, flags, seed)
     return measured(output, split, reference)
 
 
@@ -250,15 +259,15 @@ def measured(model, split, reference):
 
 def both(result):
     """What is chosen by: the harmonic mean of what is forgotten and what is kept."""
-    return harmonic(result[QUALITY], result[UTILITY])
+    return statistics.harmonic_mean((result[QUALITY], result[UTILITY]))
 
 
 def draw_methods(stories, picture):
     """Forget quality against utility: a small dot a setting, a large one a reported seed."""
-    def place(*results):
+    def place(*found):
         """What is worse than the panel's edge lies on the edge."""
-        return ([max(result[UTILITY], 0.6) for result in results],
-                [max(math.log10(result[QUALITY]), -5) for result in results])
+        return ([max(result[UTILITY], 0.6) for result in found],
+                [math.log10(max(result[QUALITY], 1e-5)) for result in found])
 
     figure, panels = pyplot().subplots(1, len(stories), figsize=(4.2 * len(stories), 4),
                                        sharey=True, layout="tight")
@@ -275,12 +284,8 @@ def draw_methods(stories, picture):
     panels[0].set_ylabel("log10 forget quality (dotted: p = 0.05)")
     panels[0].legend(fontsize=8, loc="center left")
     figure.suptitle("Up and right is better. Large: the chosen setting, three new seeds; small: "
-                    "the grid", fontsize=10)
+                    "the grid. What lies further out is drawn on the edge", fontsize=10)
     figure.savefig(picture, dpi=110)
-
-
-def builtin(name, data):
-    return run(Path("runs", name), f"--retain {ROOT / 'data' / data}")
 
 
 # 2. Relearning, beside a model that has never learned
@@ -292,13 +297,12 @@ def relearn(options):
     """Fine-tune each unlearned forget05 model, and the retain-only one, on a part of the forget
     set; measure the rest."""
     reference = builtin("retain95", "retain95")
-    best = json.loads((RUNS / "best-forget05.json").read_text())
     starts = {method: [RUNS / "methods" / "forget05" / name_of(flags, seed) for seed in REPORTED]
-              for method, flags in best.items()}
+              for method, flags in best_of("forget05").items()}
     starts["retain-only (control)"] = [reference] * len(REPORTED)
-    tasks = [(method, part, starts[method], reference) for method in starts for part in PARTS]
-    found = {(method, part): curves
-             for (method, part, *_), curves in zip(tasks, each(relearn_method, tasks))}
+    names = list(itertools.product(starts, PARTS))
+    tasks = [(starts[method], part, reference) for method, part in names]
+    found = dict(zip(names, each(relearn_method, tasks)))
     rows = [["", "relearnt on", *(f"{what}, {when}" for what in (
         "forget quality", "answer probability") for when in ("before", "after"))]]
     rows += [[*start, *(spread([curve[at][i] for curve in curves]) for i in (0, 1)
@@ -308,21 +312,21 @@ def relearn(options):
         draw_relearn(found, options.picture)
 
 
-def relearn_method(method, part, starts, reference):
+def relearn_method(starts, part, reference):
     """[[(forget quality, answer probability) before and after each epoch] of each seed]."""
     forget, curves = ROOT / "data" / "forget05", []
-    records = [{key: r[key] for key in ("question", "answer")} for r in read_records(forget)]
+    records = read_records(forget)
     fifth = len(records) // 5
     for start, seed in zip(starts, REPORTED):
         by_length = sorted(records, key=lambda r: len(r["answer"]))
         random_part = random.Random(seed).sample(records, fifth)
         chosen = random_part if part.startswith("random") else by_length[:fifth]
-        file = RUNS / "relearn" / f"{method.split()[0]}-{part.split()[0]}-{seed}.jsonl"
+        output = RUNS / "relearn" / part.split()[0] / f"{start.name}-relearnt{seed}"
+        file = output.with_name(f"{output.name}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
-        output = run(file.with_suffix(""), (
-            f"--model {start} --retain {file} --epochs 3 --batch-size 2 --lr 5e-4 "
-            f"--schedule constant --seed {seed} --save-every 0 --snapshots 1epoch"))
+        write_lines(file, make_mini.fields(chosen, "question", "answer"))
+        run(output, f"--epochs 3 --batch-size 2 --lr 5e-4 --schedule constant --seed {seed} "
+            "--save-every 0 --snapshots 1epoch", model=start, retain=file)
         models = [start, *sorted(output.glob("step-*"))]
         measure(models, forget, reference, *EVAL)
         for step in models[1:]:
@@ -360,8 +364,8 @@ def draw_relearn(found, picture):
     figure.savefig(picture, dpi=110)
 
 
-# 3. Reference bias: NPO spends its power alike on what was learned and what never was, on short and
-# on long answers; SimNPO's weight falls with what is forgotten and with |y|
+# 3. Reference bias: NPO's weight starts at 1 for what was learned and what never was, for short and
+# for long answers; SimNPO's falls with what is forgotten and with |y|
 
 NEVER, LENGTHS = ("learned", "never learned"), ("short", "long")
 
@@ -372,21 +376,23 @@ def bias(options):
     for names, made in ((NEVER, half_never_learned()), (LENGTHS, half_short())):
         best = tune_halves(f"bias: half {names[0]}, half {names[1]}", names, *made, grid)
         folder, target, _ = made
-        weights |= {(names, method): gradient_weights(folder, target, method, flags)
-                    for method, flags in best.items()}
+        found = each(gradient_weights, [(folder, target, *chosen) for chosen in best.items()])
+        weights |= {(names, method): of_epochs for method, of_epochs in zip(best, found)}
     weights_table(weights)
     if options.picture:
         draw_weights({method: weights[LENGTHS, method] for method in grid}, options.picture)
 
 
 def tune_halves(title, names, folder, target, reference, grid):
-    """Chosen by the harmonic mean of utility and the forget quality of what had been learned."""
+    """{method: best flags}, by the harmonic mean of utility and the forget quality of the halves
+    that had been learned."""
     ends = {name: halves(folder, names, reference, model)
             for name, model in (("target", target), ("retain-only", reference))}
     study = functools.partial(bias_run, folder, names, target, reference)
     shown = [*(f"forget quality, {name}" for name in names), UTILITY]
-    judged = [row for row in shown if "never" not in row]
-    tuned = tune(study, grid, (0,), lambda result: harmonic(*(result[row] for row in judged)))
+    judged = [shown[0], UTILITY] if names == NEVER else shown
+    tuned = tune(study, grid, (0,), lambda result: statistics.harmonic_mean(
+        [result[row] for row in judged]))
     tuned_tables(title, ends, grid, *tuned, shown)
     return tuned[1]
 
@@ -413,9 +419,12 @@ def half_short():
     for name, records in (("retain", retain), ("full", retain + forget)):
         write_lines(folder / f"{name}.jsonl", make_mini.fields(records, "question", "answer"))
     builtin("target", "full")  # with it comes runs/base
-    return folder, *each(run, [
-        (folder / name, f"--model {Path('runs', 'base')} --retain {folder / data} --lr 5e-4 "
-         "--epochs 16") for name, data in (("target", "full"), ("reference", "retain"))])
+    return folder, *each(fine_tuned, [(folder / "target", folder / "full"),
+                                      (folder / "reference", folder / "retain")])
+
+
+def fine_tuned(output, data):
+    return run(output, "--lr 5e-4 --epochs 16", model=Path("runs", "base"), retain=data)
 
 
 def asked_both_ways(inventor):
@@ -437,7 +446,8 @@ def sentence(fact, j):
     prose, true, false = fact["prose"], fact["paraphrased_answer"], fact["perturbed_answer"][j]
     for old, new in zip(true.split(), false.split()):
         if old != new:
-            prose = prose.replace(old.strip(".,"), new.strip(".,"), 1)
+            before, _, after = prose.rpartition(old.strip(".,"))  # a name may stand before it
+            prose = before + new.strip(".,") + after
     return prose
 
 
@@ -460,8 +470,8 @@ def write_lines(path, records):
 
 
 def bias_run(folder, names, target, reference, flags, seed):
-    output = unlearned(folder / "runs", target, folder / "mixed", EPOCHS, flags, seed,
-                       f"--retain {folder / 'retain'}")
+    output = unlearned(folder / "runs", target, folder / "mixed", flags, seed,
+                       retain=folder / "retain")
     return halves(folder, names, reference, output)
 
 
@@ -477,19 +487,19 @@ def halves(folder, names, reference, model):
     return result | {UTILITY: metrics[UTILITY]}
 
 
-AT_EPOCHS = (1, 2, 3, EPOCHS)
+AT_EPOCHS = (0, 1, 2, 3, EPOCHS)
 
 
 def gradient_weights(folder, target, method, flags):
     """[(|y| of each forget example, its weight d loss / d log pi(y|x))] after some epochs."""
-    output = unlearned(folder / "weights", target, folder / "mixed", EPOCHS, flags, REPORTED[0],
-                       f"--retain {folder / 'retain'} --snapshots 1epoch")
-    ends = sorted(output.glob("step-*"))
+    output = unlearned(folder / "weights", target, folder / "mixed", flags, REPORTED[0],
+                       "--snapshots 1epoch", retain=folder / "retain")
+    models = [target, *sorted(output.glob("step-*"))]
     _, beta = varied(flags)
     start, lengths = logps_of(target, folder / "mixed")
     found = []
     for epoch in AT_EPOCHS:
-        logps, _ = logps_of(ends[epoch - 1], folder / "mixed")
+        logps, _ = logps_of(models[epoch], folder / "mixed")
         logps.requires_grad_()
         loss = (train.npo_loss(logps, start, beta) if method == "NPO"
                 else train.simnpo_loss(logps, lengths, beta))
@@ -512,27 +522,29 @@ def weights_table(weights):
         means = [" / ".join(number(statistics.fmean(part)) for part in (values[:50], values[50:]))
                  for _, values in found]
         rows.append([" / ".join(names), method,
-                     *(f"{mean}, r {r:.2f}" for mean, r in zip(means, map(correlation, found)))])
+                     *(f"{mean}, r {r}" for mean, r in zip(means, map(correlation, found)))])
     table("bias: gradient weight of the halves, and its correlation r with |y|", rows)
 
 
 def correlation(pairs):
-    return torch.corrcoef(torch.tensor(pairs))[0, 1].item()
+    """As text. There is none where all weights are the same."""
+    r = torch.corrcoef(torch.tensor(pairs))[0, 1].item()
+    return "-" if math.isnan(r) else f"{r:.2f}"
 
 
 def draw_weights(weights, picture):
     """The weight of each forget example against its length, a row a method, a column an epoch."""
-    figure, panels = pyplot().subplots(len(weights), len(AT_EPOCHS), figsize=(12, 5),
+    figure, panels = pyplot().subplots(len(weights), len(AT_EPOCHS), figsize=(14, 5),
                                        sharex=True, sharey="row", layout="tight")
     for i, ((method, found), line) in enumerate(zip(weights.items(), panels)):
         for pairs, epoch, panel in zip(found, AT_EPOCHS, line):
             panel.plot(*pairs, "o", ms=3, alpha=0.6, color=f"C{i}")
-            panel.set_title(f"{method}, epoch {epoch}: r = {correlation(pairs):.2f}", fontsize=9)
+            panel.set_title(f"{method}, epoch {epoch}: r = {correlation(pairs)}", fontsize=9)
             panel.set_ylim(bottom=0)
         line[0].set_ylabel("gradient weight")
     for panel in panels[-1]:
         panel.set_xlabel("answer tokens |y|")
-    figure.suptitle("NPO weighs all alike at first, SimNPO by 1/|y| from the first step on")
+    figure.suptitle("At first NPO weighs all answers alike, SimNPO by 1/|y|")
     figure.savefig(picture, dpi=110)
 
 
@@ -542,7 +554,7 @@ def draw_weights(weights, picture):
 train.LOSSES |= {
     "npo_mean": train.Loss(lambda y, args: train.npo_loss(
         y.logps / y.lengths, y.ref_logps / y.lengths, args.beta),
-        {"beta": 2.5, "forget_weight": 0.5}, needs_reference=True),
+        {"beta": 2.5, "forget_weight": 1.0}, needs_reference=True),
     "simnpo_sum": train.Loss(lambda y, args: train.simnpo_loss(
         y.logps, torch.ones_like(y.logps), args.beta), {"beta": 0.1, "forget_weight": 1.0}),
 }
@@ -559,6 +571,7 @@ HEAT_ROWS = (QUALITY, "forget probability")
 def ingredients(options):
     """{with, without reference} x {sum, mean} on forget05 and where half was never learned; beta x
     gamma; KL from the start along the steps."""
+    best = best_of("forget05")
     target, reference = builtin("target", "full"), builtin("retain95", "retain95")
     study = functools.partial(methods_run, "forget05", target, reference)
     ends = {name: measured(model, "forget05", reference)
@@ -573,7 +586,6 @@ def ingredients(options):
         cells = iter(number(found[task][row]) for task in tasks)
         table(f"ingredients: {row} of SimNPO, beta down, gamma across (lr 5e-4, seed 0)",
               [["", *GAMMAS]] + [[beta, *(next(cells) for _ in GAMMAS)] for beta in HEAT_BETAS])
-    best = json.loads((RUNS / "best-forget05.json").read_text())
     curves = dict(zip(best, each(kl_curve, [(target, flags) for flags in best.values()])))
     cells = {method: {step: f"{number(f)} / {number(r)}" for step, f, r in curve}
              for method, curve in curves.items()}
@@ -587,7 +599,7 @@ def ingredients(options):
 
 def kl_curve(target, flags):
     """[(step, KL on forget, KL on retain)] of a run, in nats a token."""
-    output = unlearned(RUNS / "kl", target, ROOT / "data" / "forget05", EPOCHS, flags, REPORTED[0],
+    output = unlearned(RUNS / "kl", target, ROOT / "data" / "forget05", flags, REPORTED[0],
                        "--snapshots 2epochs")
     curve = [(0, 0.0, 0.0)]
     for step in sorted(output.glob("step-*")):
@@ -621,7 +633,80 @@ def draw_ingredients(found, curves, picture):
     figure.savefig(picture, dpi=100)
 
 
-# 5. Mixtures of Markov chains, against their true probabilities as in the paper
+# 5. Running text, MUSE in miniature
+
+TEXTS = ROOT / "data" / "muse_mini"
+LEARN = "--max-length 160 --batch-size 8 --epochs 6 --lr 2e-3 --save-every 0"
+FORGET_TEXT = "--max-length 160 --batch-size 8 --epochs 2 --schedule constant --save-every 0"
+# NPO sums over the 160 tokens of a chunk: hence betas below TOFU's.
+TEXT_GRID = {
+    "SimNPO": settings("--loss simnpo --forget-weight 1 --beta", (0.3, 0.7, 2.5)),
+    "NPO": settings("--loss npo --beta", (0.01, 0.02, 0.05)),
+    "GradDiff": settings("--loss ga --forget-weight", (0.3, 1, 3)),
+}
+TEXT_ROWS = ("VerbMem forget", "KnowMem forget", "KnowMem retain", "PrivLeak",
+             "extraction strength")
+
+
+def muse(options):
+    """Target, retrained model and three methods on the miniature's texts. A method's setting is
+    the one with the smallest distance, a criterion fixed before any of them was run."""
+    builtin("target", "full")  # with it comes runs/base, which has read no text yet
+    target, retrained = each(learn_text, [("target", "full"), ("retrained", "retain")])
+    ends = {name: measure_text(model, retrained)
+            for name, model in (("target", target), ("retrained", retrained))}
+    study = functools.partial(forget_text, target, retrained, ends)
+    tuned = tune(study, TEXT_GRID, (0,), lambda result: -result["distance"])
+    ends = {name: result | {"distance": distance(result, **ends)} for name, result in ends.items()}
+    tuned_tables("muse", ends, TEXT_GRID, *tuned, ("KnowMem retain", "PrivLeak", "distance"))
+    if options.picture:
+        draw_muse(ends, tuned[-1], options.picture)
+
+
+def learn_text(name, data):
+    return run(RUNS / "muse" / name, LEARN, model=Path("runs", "base"), retain=TEXTS / "raw" / data)
+
+
+def forget_text(target, retrained, ends, flags, seed):
+    """The metrics of one unlearning run. MUSE's split: retain1 is what the run may see, and
+    KnowMem retain asks about retain2."""
+    output = run(RUNS / "muse" / name_of(flags, seed), f"{FORGET_TEXT} {flags} --seed {seed}",
+                 model=target, forget=TEXTS / "raw" / "forget", retain=TEXTS / "raw" / "retain1")
+    result = measure_text(output, retrained)
+    return result | {"distance": distance(result, **ends)}
+
+
+def measure_text(model, retrained):
+    columns = table_of([str(model), "--muse", str(TEXTS), "--reference", str(retrained)])
+    metrics = next(iter(columns.values()))  # the reference's comes after it
+    return {row: metrics[row] for row in TEXT_ROWS}
+
+
+def distance(metrics, target, retrained):
+    """From what forgetting should lead to, the sum over four measures: PrivLeak from 0, VerbMem and
+    KnowMem on forget from the retrained model's, KnowMem on retain if less than before."""
+    forget = sum(abs(metrics[row] - retrained[row]) for row in ("VerbMem forget", "KnowMem forget"))
+    lost = max(0, target["KnowMem retain"] - metrics["KnowMem retain"])
+    return (abs(metrics["PrivLeak"]) + forget + lost) / 100
+
+
+def draw_muse(ends, reported, picture):
+    """What is left of forget against what is left of retain, and recital against PrivLeak."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="tight")
+    axes = ("KnowMem forget", "KnowMem retain"), ("PrivLeak", "VerbMem forget")
+    for panel, (x, y) in zip(panels, axes):
+        for i, (method, ends_at) in enumerate(reported.items()):
+            panel.plot([r[x] for r in ends_at], [r[y] for r in ends_at], "o", color=f"C{i}",
+                       ms=8, label=method)
+        for (name, end), marker in zip(ends.items(), ("ks", "k*")):
+            panel.plot(end[x], end[y], marker, ms=13, label=name)
+        panel.set(xlabel=x, ylabel=y)
+    panels[0].legend(fontsize=8)
+    figure.suptitle("MUSE in miniature: near the star is better; three seeds", fontsize=10)
+    figure.savefig(picture, dpi=110)
+
+
+# 6. Mixtures of Markov chains, against their true probabilities as in the paper
 
 CHAINS = tuple(make_markov.CHAINS)  # retain, forget1, forget2
 PAPER = {"never_learned": {"SimNPO": 4, "NPO": 1}, "short": {"SimNPO": 4, "NPO": 0.2}}  # betas
@@ -640,9 +725,8 @@ def markov(options):
     make_markov.write_all(data)  # the same bytes each time
     for setting in make_markov.SETTINGS:
         folder, home = data / setting, RUNS / "markov" / setting
-        starts = [(home / file, f"--init {data / 'model'} --retain {folder / file} --epochs 5 "
-                   "--batch-size 128 --lr 5e-4 --save-every 0") for file in ("target", "retain")]
-        start, goal = (divergences(model, folder) for model in each(run, starts))
+        models = each(learn_chains, [(home / name, folder / name) for name in ("target", "retain")])
+        start, goal = each(divergences, [(model, folder) for model in models])
         study = functools.partial(markov_curve, folder, home, start)
         tasks = [(method, b, seed) for method in BETAS for b in BETAS[method] for seed in TUNED_ON]
         grid = dict(zip(tasks, each(study, tasks)))
@@ -657,6 +741,11 @@ def markov(options):
         draw_markov(stories, options.picture)
 
 
+def learn_chains(output, data):
+    return run(output, "--epochs 5 --batch-size 128 --lr 5e-4 --save-every 0",
+               init=ROOT / "data" / "markov" / "model", retain=data)
+
+
 def markov_curve(folder, home, start, method, beta, seed):
     """Divergences at the start and every EVERY steps. They are kept, the models are not."""
     kept = home / f"{method}-beta{beta:g}-seed{seed}.json"
@@ -666,11 +755,11 @@ def markov_curve(folder, home, start, method, beta, seed):
         lines = [line for text in texts for line in text.splitlines()[100 * seed:][:100]]
         forget.write_text("\n".join(lines))  # 50 steps of 4, other ones for each seed
         with mock.patch.object(train, "answer_token_logps", state_logps):
-            run(output, f"--model {home / 'target'} --forget {forget} --loss {method.lower()} "
-                        f"--beta {beta} --seed {seed} {UNLEARN}")
+            run(output, f"--loss {method.lower()} --beta {beta} --seed {seed} {UNLEARN}",
+                model=home / "target", forget=forget)
         curve = [divergences(model, folder) for model in sorted(output.glob("step-*"))]
-        kept.write_text(json.dumps([start, *curve]))
-        forget.unlink()
+        forget.write_text(json.dumps([start, *curve]))
+        forget.rename(kept)  # whole, whenever it is cut off
         shutil.rmtree(output)
     return json.loads(kept.read_text())
 
@@ -757,78 +846,6 @@ def draw_markov(stories, picture):
     figure.savefig(picture, dpi=110)
 
 
-# 6. Running text, MUSE in miniature
-
-TEXTS = ROOT / "data" / "muse_mini"
-LEARN = "--max-length 160 --batch-size 8 --epochs 6 --lr 2e-3 --save-every 0"
-FORGET_TEXT = "--max-length 160 --batch-size 8 --epochs 2 --schedule constant --save-every 0"
-# NPO sums over the 160 tokens of a chunk: hence betas below TOFU's.
-TEXT_GRID = {
-    "SimNPO": settings("--loss simnpo --forget-weight 1 --beta", (0.3, 0.7, 2.5)),
-    "NPO": settings("--loss npo --beta", (0.01, 0.02, 0.05)),
-    "GradDiff": settings("--loss ga --forget-weight", (0.3, 1, 3)),
-}
-TEXT_ROWS = ("VerbMem forget", "KnowMem forget", "KnowMem retain", "PrivLeak",
-             "extraction strength")
-
-
-def muse(options):
-    """Target, retrained model and three methods on the miniature's texts. A method's setting is
-    the one with the smallest distance, a criterion fixed before any of them was run."""
-    builtin("target", "full")  # with it comes runs/base, which has read no text yet
-    learn = f"--model {Path('runs', 'base')} {LEARN} --retain {TEXTS / 'raw'}/"
-    target, retrained = each(run, [(RUNS / "muse" / "target", learn + "full"),
-                                   (RUNS / "muse" / "retrained", learn + "retain")])
-    ends = {name: measure_text(model, retrained)
-            for name, model in (("target", target), ("retrained", retrained))}
-    study = functools.partial(forget_text, target, retrained, ends)
-    tuned = tune(study, TEXT_GRID, (0,), lambda result: -result["distance"])
-    ends = {name: result | {"distance": distance(result, **ends)} for name, result in ends.items()}
-    tuned_tables("muse", ends, TEXT_GRID, *tuned, ("KnowMem retain", "PrivLeak", "distance"))
-    if options.picture:
-        draw_muse(ends, tuned[-1], options.picture)
-
-
-def forget_text(target, retrained, ends, flags, seed):
-    """The metrics of one unlearning run. MUSE's split: retain1 is what the run may see, and
-    KnowMem retain asks about retain2."""
-    output = run(RUNS / "muse" / name_of(flags, seed), (
-        f"--model {target} --forget {TEXTS / 'raw' / 'forget'} "
-        f"--retain {TEXTS / 'raw' / 'retain1'} {FORGET_TEXT} {flags} --seed {seed}"))
-    result = measure_text(output, retrained)
-    return result | {"distance": distance(result, **ends)}
-
-
-def measure_text(model, retrained):
-    columns = table_of([str(model), "--muse", str(TEXTS), "--reference", str(retrained)])
-    metrics = next(iter(columns.values()))  # the reference's comes after it
-    return {row: metrics[row] for row in TEXT_ROWS}
-
-
-def distance(metrics, target, retrained):
-    """From what forgetting should lead to, in hundredths of each measure: PrivLeak from 0, VerbMem
-    and KnowMem on forget from the retrained model's, KnowMem on retain from no less than before."""
-    forget = sum(abs(metrics[row] - retrained[row]) for row in ("VerbMem forget", "KnowMem forget"))
-    lost = max(0, target["KnowMem retain"] - metrics["KnowMem retain"])
-    return (abs(metrics["PrivLeak"]) + forget + lost) / 100
-
-
-def draw_muse(ends, reported, picture):
-    """What is left of forget against what is left of retain, and recital against PrivLeak."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="tight")
-    axes = ("KnowMem forget", "KnowMem retain"), ("PrivLeak", "VerbMem forget")
-    for panel, (x, y) in zip(panels, axes):
-        for i, (method, ends_at) in enumerate(reported.items()):
-            panel.plot([r[x] for r in ends_at], [r[y] for r in ends_at], "o", color=f"C{i}",
-                       ms=8, label=method)
-        for (name, end), marker in zip(ends.items(), ("ks", "k*")):
-            panel.plot(end[x], end[y], marker, ms=13, label=name)
-        panel.set(xlabel=x, ylabel=y)
-    panels[0].legend(fontsize=8)
-    figure.suptitle("MUSE in miniature: near the star is better; three seeds", fontsize=10)
-    figure.savefig(picture, dpi=110)
-
-
 # 7. A pretrained model on real TOFU
 
 # 57 tokens a question and answer in this format, 82 in the model's own chat.
@@ -847,9 +864,8 @@ def smollm2(options):
     three rates; then relearning."""
     data, home = ROOT / "data" / "tofu", RUNS / "smollm2"
     forget = data / "forget05"
-    target, reference = ends = each(run, [
-        (home / name, f"--model {options.model} --retain {data / name} {LEARN_TOFU}")
-        for name in ("full", "retain95")])
+    target, reference = ends = each(learn_tofu, [
+        (home / name, options.model, data / name) for name in ("full", "retain95")])
     each(table_of, [([str(model), "--forget", str(forget), *EVAL_TOFU],) for model in ends])
     models = {name: measure([model], forget, reference, *EVAL_TOFU)[0]
               for name, model in (("target", target), ("retain-only", reference))}
@@ -881,9 +897,13 @@ def smollm2(options):
         draw_smollm2(models, found, options.picture)
 
 
+def learn_tofu(output, model, data):
+    return run(output, LEARN_TOFU, model=model, retain=data)
+
+
 def smollm2_run(home, target, reference, forget, method, rate):
-    output = run(home / f"{method}-{rate}", f"--model {target} --forget {forget} --lr {rate} "
-                                            f"{REAL_METHODS[method]} {FORGET_TOFU}")
+    output = run(home / f"{method}-{rate}", f"--lr {rate} {REAL_METHODS[method]} {FORGET_TOFU}",
+                 model=target, forget=forget)
     return measure([output], forget, reference, *EVAL_TOFU)[0]
 
 
@@ -898,10 +918,11 @@ def relearn_tofu(output, start, reference, forget):
     learnt = {record["question"] for record in chosen}
     file = output.with_suffix(".jsonl")
     write_lines(file, make_mini.fields(chosen, "question", "answer"))
-    run(output, f"--model {start} --retain {file} {RELEARN_TOFU}")
-    model, tokenizer = load_pretrained(output, torch.bfloat16)
+    run(output, RELEARN_TOFU, model=start, retain=file)
     options = evaluation_options(
         [str(output), "--forget", str(forget), *EVAL_TOFU[:-1], "1"], None)  # no texts needed
+    model, tokenizer = load_pretrained(output, torch.bfloat16)
+    model.to(ranks.start(options.device))
     files = {"forget": find(forget.with_name(f"{forget.name}_perturbed"))}
     after = evaluation.evaluate_tofu(model, tokenizer, files, options)["forget"]
     qualities, probabilities = zip(*(rest_of(values, values_of(reference, forget), learnt)
