@@ -257,8 +257,8 @@ def score(objective, data, args):
     return ranks.summed(logps)
 
 
-def probe(objective, forget, retain, args, most=200):
-    """Mean of p(answer)^(1/|answer|) over at most 200 evenly spread Examples of either set."""
+def probe(objective, forget, retain, args, most=100):
+    """Mean of p(answer)^(1/|answer|) over at most 100 evenly spread Examples of either set."""
     record = {}
     for name, data in (("forget_prob", forget), ("retain_prob", retain)):
         if data:
