@@ -1,12 +1,9 @@
 """What goes wrong: bad input is refused in one line, nothing written; a run cut short at any
 moment loses nothing."""
 
-import contextlib
 import errno
-import io
 import json
 import math
-import multiprocessing
 import os
 import pkgutil
 import random
@@ -16,15 +13,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (RECORDS, ROOT, log, run, start, stop_after, weights, write_data, write_model,
-                      write_muse,
-                      write_tofu)
+                      write_muse, write_tofu)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -35,7 +30,7 @@ from transformers.utils import HF_MODULES_CACHE
 
 import eval as evaluation
 import train
-from data import builtin, make_model, models, ranks, runs
+from data import builtin, make_model, runs
 from data.errors import InputError
 from data.load import Example, load_examples
 from data.records import read_records
