@@ -220,8 +220,6 @@ def unlearned(folder, target, forget, flags, seed, more="", **paths):
 # 1. Methods on forget01, 05 and 10
 
 ROWS = (QUALITY, UTILITY, "forget probability", "retain probability", "forget PrivLeak")
-
-
 BEST = RUNS / "best.json"  # what `methods` chose, for those that start from it
 
 
