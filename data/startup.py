@@ -10,6 +10,6 @@ def prepare():
     # How long a thread spins that waits for another. Beside other work OpenMP's default (300,000)
     # halves the miniature's speed; 10,000 cost nothing on a quiet machine (tests/BENCH.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # oneDNN, which computes bf16 on a CPU, keeps what it made for each shape. Its default of 1,024
-    # shapes are gigabytes, where every batch has shapes of its own (tests/BENCH.md).
+    # oneDNN, which computes bf16 on a CPU, keeps what it made for each shape. With its default of
+    # 1,024 memory grows for hundreds of steps, as batches have shapes of their own (BENCH.md).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
