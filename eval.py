@@ -587,7 +587,7 @@ def kl(options):
     settings = results.settings(options, "limit dtype", files)
     asked = results.Evaluation(
         " ".join(["kl", options.reference, *map(results.relative, files)]),
-        settings | {"reference": results.weights_of(options.reference)},
+        settings | {"reference": results.fingerprint(options.reference)},
         lambda model: evaluate_kl(*load(model, options), files, options),
         lambda values: kl_metrics(values) and values)
     entries = results.collect(options.models, asked, options)

@@ -77,8 +77,8 @@ def main(argv=None):
     # Mistakes in the input surface here, before any weight is read. Without --model the built-in
     # start model is made now, if it is missing.
     with ranks.together():
-        forget, retain, parameters = load_data(args)
-        settings = runs.check(args, forget, retain, parameters)
+        forget, retain = load_data(args)
+        settings = runs.check(args, forget, retain)
     if runs.is_complete(args.output, settings):
         return 0
     state = build(args)
@@ -129,13 +129,16 @@ def main(argv=None):
             tokens = sum(len(forget[i].input_ids) for i in forget_at)
             tokens += sum(len(retain[i].input_ids) for i in retain_at)
             log(step=step, **record, tokens_per_s=round(tokens / (time.time() - began), 1))
+        if not steps_taken(state.optimizer):
+            raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
+                                     "fp32")
         save_model(state.objective, args, args.output)
         runs.tidy(args.output)
     return 0
 
 
 def load_data(args):
-    """The forget and retain Examples, checked, and how many parameters the model has."""
+    """The forget and retain Examples, checked."""
     source = builtin.TOKENIZER if args.mini else args.init or args.model
     skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not args.mini))
     check_savable(source, skeleton)
@@ -147,7 +150,7 @@ def load_data(args):
     forget, retain = (load_examples(path, tokenizer, args.max_length, prompt, vocabulary(skeleton))
                       if path else [] for path in (args.forget, args.retain))
     check_disjoint(forget, retain)
-    return forget, retain, sum(p.numel() for p in skeleton.parameters())
+    return forget, retain
 
 
 # The pieces of a step. Data order is a function of (seed, step): a resumed run needs no more.
@@ -342,6 +345,12 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+def steps_taken(optimizer):
+    """How many steps changed the weights: all but those that fp16 skipped."""
+    # Every trained parameter has a gradient in every step, so they all count alike.
+    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
+
+
 # Checkpoints: one file with weights and optimizer state, its step in the name, held by rank 0.
 
 def save_checkpoint(state, args, step):
@@ -353,9 +362,7 @@ def save_checkpoint(state, args, step):
             if moments.get("step"):  # 0 while fp16 has skipped all
                 yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
 
-    # Every trained parameter has a gradient in every step, so they all count alike.
-    counts = [int(moments["step"]) for moments in state.optimizer.state.values()]
-    about = {"adam_step": max(counts, default=0), "scaler": state.scaler.state_dict()}
+    about = {"adam_step": steps_taken(state.optimizer), "scaler": state.scaler.state_dict()}
     whole = ranks.gathered(tensors())
     if ranks.first():
         runs.put_checkpoint(args.output, step, whole, about)
@@ -366,7 +373,8 @@ def load_checkpoint(state, args, step):
     """Put back what was saved after `step` steps, if any; returns the step."""
     if not step:
         return step
-    shapes = {f"weight.{name}": p.shape for name, p in state.objective.model.named_parameters()}
+    shapes = {f"weight.{name}": (p.shape, p.dtype)
+              for name, p in state.objective.model.named_parameters()}
     with ranks.together():  # rank 0 reads and checks, the others get their parts from it
         saved, about = {}, None
         if ranks.first():
@@ -389,7 +397,7 @@ def save_model(objective, args, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
     with merged(objective.model) as (model, tensors):
         weights = ranks.gathered(tensors)
-    if ranks.first() and not (folder / "config.json").exists():
+    if ranks.first():
         with runs.filling(folder) as scratch:
             # Of what transformers writes only weights are kept: unlearning changes nothing else.
             model.generation_config = GenerationConfig()  # it may refuse to write the model's own

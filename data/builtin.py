@@ -1,6 +1,7 @@
 """The built-in miniature's models, made by train.py when they are first needed: runs/base,
 runs/target, runs/retainNN."""
 
+import json
 import shlex
 import signal
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .errors import InputError, caught_signals, require
-from .files import owned
+from .errors import InputError, caught_signals, naming, require
+from .files import digest, is_finished, owned
+from .load import load_examples
+from .models import load_tokenizer
 from .ranks import say
 from .records import find
 
@@ -52,9 +55,18 @@ def target_and_retrained(forget):
     return str(Path("runs", "target")), str(Path("runs", f"retain{100 - int(percent)}"))
 
 
-def is_made(folder):
-    """A complete model, or the results of one that was deleted."""
-    return (folder / "config.json").exists() or (folder / "eval.json").exists()
+def is_made(folder, data):
+    """Whether there is a finished model, or the results of one that was deleted. Raises InputError
+    if it learned other data than what is in this file now."""
+    if not (is_finished(folder) or (folder / "eval.json").is_file()):
+        return False
+    if (path := folder / "args.json").is_file():
+        with naming(path, f"cannot be compared with {data}"):
+            made = json.loads(path.read_text())
+            examples = load_examples(find(data), load_tokenizer(TOKENIZER), made["max_length"])
+            require(made["retain data"] == digest(examples), f"{folder}: made from other data than "
+                    f"{data} holds now; delete it, to have it made again, or move it away")
+    return True
 
 
 def make(folder):
@@ -64,10 +76,10 @@ def make(folder):
     A process that comes while another makes it waits. A failure there ends this process with its
     status.
     """
-    if is_made(folder):
+    data = DATA / {"base": "base", "target": "full"}.get(folder.name, folder.name)
+    if is_made(folder, data):
         return
-    data = {"base": "base", "target": "full"}.get(folder.name, folder.name)
-    flags = ["--retain", str(DATA / data), "--output", str(folder), "--seed", "0"]
+    flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
     if folder.name == "base":
         flags += ["--init", TOKENIZER]
         flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
@@ -75,8 +87,8 @@ def make(folder):
         raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
                          + shlex.join(["python", "train.py", *flags]))
     with owned(folder.with_name(f".{folder.name}.lock")) as lock:
-        if not is_made(folder):  # by now
-            say(f"Making {folder} first, once (data/{data})")
+        if not is_made(folder, data):  # by now
+            say(f"Making {folder} first, once (data/{data.name})")
             command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
             # Ctrl-C reaches the child, too, which saves. If this process dies, the child goes on
             # and still holds the lock.

@@ -11,10 +11,13 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+
+JOIN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # they make a process one of several
 
 
 class InputError(ValueError):
@@ -54,14 +57,13 @@ def in_short(error):
 # What the allocators of host and card say, and gloo or NCCL when a process is gone.
 NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
 NO_RANK = ("by peer", "Broken pipe", "pair closure")
-HELP = {"not finite": "a lower --lr may help", "cannot write": "is the disk full?",
-        "out of memory": "lower --max-tokens (eval.py: or --batch-size); train.py has "
-                         "--checkpointing and --bf16-weights, too",
-        "another rank has ended": "its own message says why"}
+HELP = {"not finite": "; a lower --lr may help",
+        "out of memory": "; lower --max-tokens (eval.py: or --batch-size); train.py has "
+                         "--checkpointing and --bf16-weights, too"}
 
 
 def cause(error):
-    """What stopped a program that began well: a key of HELP. None for a defect of the program."""
+    """What stopped a program that began well, in a few words. None for a defect of the program."""
     if isinstance(error, FloatingPointError):
         return "not finite"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -70,10 +72,22 @@ def cause(error):
         if any(said in str(error) for said in NO_MEMORY):
             return "out of memory"
         if not isinstance(error, RuntimeError):
-            return "cannot write"
+            return "stopped"  # the operating system's own message says why
         if isinstance(error, dist.DistError) or any(said in str(error) for said in NO_RANK):
             return "another rank has ended"
     return None
+
+
+def under_torchrun():
+    """Whether torchrun started this process, passes signals on to it and waits for its end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def speaks_for_all():
+    """Whether this process prints what all ranks find alike: a process by itself, and rank 0."""
+    rank, world, *where = (os.environ.get(name, "") for name in JOIN)
+    joined = rank.isdecimal() and world.isdecimal() and all(where)
+    return not (joined and 0 < int(rank) < int(world))
 
 
 def one_line_errors(main):
@@ -83,9 +97,9 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def wrapped(argv=None):
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while the libraries loaded
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        first = os.environ.get("RANK", "0") == "0"
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and in_main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # other while libraries load
+        first = speaks_for_all()
         try:
             return main(argv)
         except InputError as e:
@@ -100,9 +114,9 @@ def one_line_errors(main):
             kind = cause(e)
             if not kind:
                 raise
-            status, message = 1, f"{kind}: {in_short(e)}; {HELP[kind]}"
-            if kind == "cannot write":  # or read: it names the file
-                message = e
+            status, message = 1, f"{kind}: {in_short(e)}{HELP.get(kind, '')}"
+            if kind == "stopped":
+                message = e  # it names the file
         if message:
             print("error: " + printable(message), file=sys.stderr)
         return status
@@ -114,18 +128,29 @@ def printable(text):
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
+def in_main_thread():
+    """Whether this thread may catch signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def caught_signals(*numbers):
-    """Gives a list in which these signals are noted; a second one of a kind ends the process at
-    once. Those that are ignored stay so, as SIGHUP is under nohup."""
+    """Gives a list in which these signals are noted. Those that are ignored stay so, as SIGHUP is
+    under nohup; outside the main thread none is caught.
+
+    A second Ctrl-C ends the process at once. Other signals come twice of themselves: when a
+    terminal closes, from its shell and the kernel; and torchrun repeats those that its ranks had.
+    """
     caught = []
 
     def note(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT and not under_torchrun():
+            signal.signal(number, signal.SIG_DFL)
 
     ignored = (signal.SIG_IGN, None)
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in ignored}
+    before = {n: signal.getsignal(n) for n in numbers
+              if in_main_thread() and signal.getsignal(n) not in ignored}
     for number in before:
         signal.signal(number, note)
     try:

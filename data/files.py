@@ -1,35 +1,38 @@
 """Files that are there whole or not at all, and that have one owner at a time."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
+
+from safetensors import safe_open
 
 from .errors import InputError, naming
 
 
 def check_writable(path):
-    """The folder at `path` or the nearest one above it that exists. InputError unless a file can
-    be made there, and `path` is a name that a file can have."""
+    """Raise InputError unless a file can be made in the folder at `path`, or in the nearest one
+    above it that exists."""
     with naming(path, "not a name that a file can have"):
         path = path.absolute()
-        str(path).encode()  # half a surrogate pair: a name that was not UTF-8, unfit for args.json
-        above = [path, *path.parents]
-        for p in above:
-            if p.is_symlink() and not p.exists():
-                raise ValueError(f"{p} is a link that leads nowhere")
-        folder = next(p for p in above if p.exists())
+        folder = next(p for p in (path, *path.parents) if p.exists())
     with naming(path, f"{folder} cannot be written to"):
         tempfile.TemporaryFile(dir=folder).close()
-    return folder
 
 
 def fsync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:  # some file systems know no fsync of folders
+        if not path.is_dir() or e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -81,6 +84,38 @@ def owned(path, busy=None):
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+def checkpoints(folder):
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name))
+
+
+def is_finished(folder):
+    """Whether a run ended here: there is a config.json, which `filling` puts last, and no
+    checkpoint. Raises InputError where the weights that belong to it are not whole."""
+    config, weights = folder / "config.json", ["model.safetensors"]
+    if not config.is_file() or any(path.is_file() for path in checkpoints(folder)):
+        return False
+    with naming(folder, "it has a config.json as if finished, but no whole model; delete the "
+                "config.json to train again"):
+        json.loads(config.read_bytes())["model_type"]
+        if not (folder / weights[0]).is_file():
+            index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+            weights = sorted(set(index["weight_map"].values()))
+        for name in weights:
+            with safe_open(folder / name, "pt"):  # raises where it is cut off
+                pass
+    return True
+
+
+def digest(examples):
+    """A hash of what a model sees of these Examples."""
+    content = repr([(e.input_ids, e.start) for e in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def own_files(folder):

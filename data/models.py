@@ -191,13 +191,14 @@ def model_files(path):
 
 
 def fingerprint(path):
-    """What a run starts from, however its path is spelled: a hash of a folder's config and
-    weights, or the commit of a hub name."""
-    folder = Path(cached_file(str(path), "config.json")).parent
+    """What decides a model's answers, wherever it lies: a hash of a folder's configs, tokenizer
+    and weights, or the commit that a hub name leads to."""
     if not Path(path).exists():
-        return folder.name
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+        with naming(path, "its commit is unknown, as the Hugging Face hub cannot be reached"):
+            return Path(cached_file(str(path), "config.json")).parent.name
+    digest = hashlib.sha256()
+    for file in [*own_files(path), *sorted(Path(path).glob("*.safetensors"))]:
+        digest.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(2**24):
                 digest.update(block)

@@ -36,6 +36,14 @@ def number(kind, low=-1e12, above=-math.inf):
     return convert
 
 
+def name(text):
+    """An argparse type: what names a file, folder or model; not empty, as an unset variable is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name; is a variable unset?")
+    text.encode()  # raises for what is not UTF-8: safetensors would not open it
+    return text
+
+
 def every(text):
     """An argparse type: '2epochs' -> (2, True), '100' -> (100, False); 0 is never."""
     digits = text.removesuffix("epochs").removesuffix("epoch")
@@ -61,7 +69,8 @@ def training_options(argv, losses, description):
         args.retain = str(retain_beside(find(args.forget)))
     if not args.output:
         stem = find(args.forget or args.retain).stem
-        args.output = Path("runs", f"{stem}-{args.loss}" if args.forget else stem)
+        args.output = os.path.join("runs", f"{stem}-{args.loss}" if args.forget else stem)
+    args.output = Path(args.output)
     # Flags that are not given: the official TOFU recipe, each loss as published, or what suits
     # the built-in model when --model is left out.
     args.mini = not (args.model or args.init)
@@ -83,10 +92,13 @@ def training_options(argv, losses, description):
 
 def add_options(parser, losses):
     a = parser.add_argument_group("model and data").add_argument
-    a("--model", help="folder or hub name (safetensors). Default: the built-in target, made first")
-    a("--init", metavar="DIR", help="instead: random weights for DIR's config.json and tokenizer")
-    a("--forget", help="what to forget; without it, plain fine-tuning on --retain")
-    a("--retain", help="what to keep. Default: the set beside --forget (forget05 -> retain95)")
+    a("--model", type=name, help="folder or hub name (safetensors). Default: the built-in target, "
+      "made first")
+    a("--init", type=name, metavar="DIR", help="instead: random weights for DIR's config.json and "
+      "tokenizer")
+    a("--forget", type=name, help="what to forget; without it, plain fine-tuning on --retain")
+    a("--retain", type=name, help="what to keep. Default: the set beside --forget (forget05 -> "
+      "retain95)")
     a("--template", help="chat (the tokenizer's, default if it has one), llama2, plain (default "
       "if not), or a text with {question}")
     a("--system", help="system message of the chat")
@@ -129,7 +141,8 @@ def add_run_options(parser):
     a("--device", default=CUDA, help="default: a GPU if "
       "there is one, else cpu; others (mps) are untested")
     a = parser.add_argument_group("output").add_argument
-    a("--output", type=Path, help="folder for model and metrics.jsonl. Default: a name under runs/")
+    a("--output", type=name, help="folder for model and metrics.jsonl. Default: a name under "
+      "runs/")
     a("--save-every", type=every, default=(1, True), metavar="N", help="steps (100) or epochs "
       "(2epochs) between checkpoints; the last is kept. Default 1epoch, 0 for none")
     a("--snapshots", type=every, default=(0, False), metavar="N", help="steps or epochs between "
@@ -142,14 +155,17 @@ def evaluation_options(argv, description):
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     a, positive = parser.add_argument, number(int, low=1)
-    a("models", nargs="+", metavar="MODEL", help="folder, hub name, eval.json or official log")
-    a("--forget", help="TOFU: the forget set; its _perturbed version, retain_perturbed, "
+    a("models", nargs="+", type=name, metavar="MODEL", help="folder, hub name, eval.json or "
+      "official log")
+    a("--forget", type=name, help="TOFU: the forget set; its _perturbed version, retain_perturbed, "
       "real_authors_perturbed and world_facts_perturbed lie beside it")
-    a("--muse", metavar="FOLDER", help="MUSE: a folder with verbmem, knowmem and privleak")
-    a("--kl", nargs="+", metavar="FILE", help="files on which to measure KL(reference || model)")
-    a("--reference", help="the model trained without the forget set: a model, an eval.json or an "
-      "official log; for --muse also its AUC as a number (default: the published one for a folder "
-      "named news or books)")
+    a("--muse", type=name, metavar="FOLDER", help="MUSE: a folder with verbmem, knowmem and "
+      "privleak")
+    a("--kl", nargs="+", type=name, metavar="FILE", help="files on which to measure "
+      "KL(reference || model)")
+    a("--reference", type=name, help="the model trained without the forget set: a model, an "
+      "eval.json or an official log; for --muse also its AUC as a number (default: the published "
+      "one for a folder named news or books)")
     a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
     a("--system", help="system message of the chat; as in training")
     a("--date", help="date of the chat template; as in training")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .errors import InputError, naming, require
+from .errors import JOIN, InputError, naming, require, speaks_for_all, under_torchrun
 
 PARENT = os.getppid()
 
@@ -39,8 +39,19 @@ def start(name):
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     if "RANK" in os.environ and not dist.is_initialized():
+        check_environment()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def check_environment():
+    """Raise InputError unless the environment says which process this is, of how many, and where
+    they meet."""
+    rank, world, host, port = (os.environ.get(name, "") for name in JOIN)
+    numbers = all(x.isascii() and x.isdigit() for x in (rank, world, port))
+    require(numbers and host and int(rank) < int(world), f"RANK={rank} in the environment, as "
+            "under torchrun, but not a rank below WORLD_SIZE with MASTER_ADDR and MASTER_PORT; "
+            "unset RANK to run on its own")
 
 
 @contextlib.contextmanager
@@ -82,8 +93,8 @@ def summed(tensor):
 
 
 def orphaned():
-    """Whether torchrun, which started this process, is gone."""
-    return "RANK" in os.environ and os.getppid() != PARENT
+    """Whether torchrun, which started this process, is gone. Others who start ranks may go."""
+    return under_torchrun() and os.getppid() != PARENT
 
 
 def barrier():
@@ -104,7 +115,7 @@ def spread(function, model, items, *args):
 
 def say(text):
     """Print what one rank is enough for; nobody needs to be there to read it."""
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_all():
         try:
             print(text, flush=True)
         except BrokenPipeError:  # as in `python eval.py ... | head -1`

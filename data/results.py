@@ -18,8 +18,8 @@ import transformers
 
 from . import ranks
 from .errors import Failure, naming, require
-from .files import check_writable, filling, own_files, owned
-from .models import load_skeleton
+from .files import check_writable, filling, owned
+from .models import fingerprint, load_skeleton
 from .official import official_entry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,19 +42,20 @@ def collect(arguments, asked, options):
     A file, or a folder with an eval.json and no model, is only read. All models are checked before
     one is run.
     """
-    check(arguments, asked, options)
     # What the first rank's disk holds counts: others, on other machines, may see another.
-    saved = ranks.from_first({a: saved_entry(a, asked, options) for a in arguments})
+    saved = ranks.from_first(check(arguments, asked, options))
     return {a: saved[a] or run(a, asked, options) for a in dict.fromkeys(arguments)}
 
 
 def check(arguments, asked, options):
-    """InputError, before hours of work, for a missing model or results that could not be saved."""
+    """{model: its evaluation that need not be made, or None}. InputError, before hours of work, for
+    a missing model or results that could not be saved."""
     with ranks.together():
-        for argument in arguments:
-            if not saved_entry(argument, asked, options):
-                load_skeleton(argument)
-                check_writable(home(argument).parent)
+        saved = {a: saved_entry(a, asked, options) for a in arguments}
+        for argument in (a for a in arguments if not saved[a]):
+            load_skeleton(argument)
+            check_writable(home(argument).parent)
+    return saved
 
 
 def home(argument):
@@ -72,14 +73,16 @@ def saved_entry(argument, asked, options):
         return read_entry(path, asked)
     path = home(argument)
     entry = read_json(path)["evaluations"].get(asked.key) if path.exists() else None
-    wanted = {**asked.settings, "weights": weights_of(argument)}
-    fits = isinstance(entry, dict) and entry.get("settings") == wanted
-    return read_entry(path, asked) if fits and not options.force else None
+    held = entry.get("settings") if isinstance(entry, dict) else None
+    weights = held.get("weights") if isinstance(held, dict) and not options.force else None
+    fits = (weights and held == {**asked.settings, "weights": weights}
+            and weights == fingerprint(argument))  # last: it reads the whole model
+    return read_entry(path, asked) if fits else None
 
 
 def run(argument, asked, options):
     """Evaluate one model and save the result; if that fails, `show` says so after the table."""
-    began, settings = time.time(), {**asked.settings, "weights": weights_of(argument)}
+    began, settings = time.time(), {**asked.settings, "weights": fingerprint(argument)}
     values = asked.measure(argument)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "python": sys.version.split()[0], "device": str(options.device),
@@ -109,13 +112,6 @@ def save(path, argument, key, entry):
             (scratch / path.name).write_text(text)
 
 
-def weights_of(argument):
-    """Name, size and time of change of what decides a model's answers; empty for a hub name."""
-    folder = Path(argument)
-    files = [*own_files(folder), *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-
-
 def relative(path):
     """A data path as a key that is the same wherever the project lies."""
     path = Path(path).resolve()
@@ -140,7 +136,8 @@ def require_files(arguments):
 
 def read_json(path):
     with naming(path, "cannot be read as JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        require(path.is_file(), f"{path}: not a file; move it away")  # a pipe would be waited for
+        value = json.loads(path.read_text(encoding="utf-8"))
     ours = path.name == "eval.json" or isinstance(value, dict) and "evaluations" in value
     sound = isinstance(value, dict) and (not ours or isinstance(value.get("evaluations"), dict))
     require(sound, f"{path}: not an evaluation written by eval.py; move it away")

@@ -1,6 +1,7 @@
 """A training run's folder: who owns it, what is in it, and how a run goes on from it.
 
-    args.json                        what determines the result; a resumed run must have the same
+    args.json                        arguments, and hashes of data and start model; what determines
+                                     the result must be the same when a run is resumed
     metrics.jsonl                    a line a step, and a line an epoch
     checkpoint-NNNNNNNN.safetensors  weights and optimizer state after that step, until the end
     config.json, *.safetensors ...   the finished model; config.json comes last
@@ -9,11 +10,9 @@ Under torchrun rank 0 alone reads and writes it: other machines need not see the
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,39 +25,37 @@ from tqdm import tqdm
 
 from . import builtin, ranks
 from .errors import HELP, Failure, caught_signals, cause, in_short, naming, require
-from .files import HALF_DONE, check_writable, filling, owned
+from .files import (CHECKPOINT, HALF_DONE, check_writable, checkpoints, digest, filling,
+                    is_finished, owned)
 from .models import check_model_folder, fingerprint, model_files
 from .records import find
 
-# Arguments that do not change the result, or whose content is compared instead of their spelling.
-FREE = {"output", "resume", "save_every", "snapshots", "max_tokens", "checkpointing", "compile",
-        "device", "mini", "kl", "forget", "retain", "model", "init"}
+# Arguments that args.json does not hold; those whose content is compared, not their spelling; and
+# those that a resumed run may change. The ranks of one run must have the same of these, too.
+UNKEPT = {"output", "resume", "device", "mini", "kl"}
+PATHS = {"forget", "retain", "model", "init"}
+FREE = {*PATHS, "save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
 LOCK = ".lock"
-CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
 
 
 # Before a run
 
-def check(args, forget, retain, parameters):
-    """Raise InputError unless the output is new or holds this very run, and has room; makes the
-    built-in start model. Returns the settings to keep in args.json, None if the run is complete.
-    """
+def check(args, forget, retain):
+    """Raise InputError unless the output is new or holds this very run; makes the built-in start
+    model. Returns the settings to keep in args.json, None if the run is complete."""
     output, start = args.output, args.init or args.model
-    settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(args).items()
-                if key not in FREE or key in ("forget", "retain", "model", "init")}
-    for name, examples in (("forget data", forget), ("retain data", retain)):
-        content = repr([(e.input_ids, e.start) for e in examples]).encode()
-        settings[name] = hashlib.sha256(content).hexdigest()[:16]
+    settings = {key: value for key, value in vars(args).items() if key not in UNKEPT}
+    settings |= {"forget data": digest(forget), "retain data": digest(retain)}
     if ranks.first():
         check_output(output, args.resume)
         compare(output, settings)
-        if (output / "config.json").exists():
-            check_complete(output, model_files(builtin.TOKENIZER if args.mini else start))
+        if is_finished(output):
+            files = model_files(builtin.TOKENIZER if args.mini else start)
+            gone = sorted(file.name for file in files if not (output / file.name).exists())
+            require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
             if not args.mini:
                 compare(output, settings | {"start": fingerprint(start)})
             return None
-        check_room(output, parameters * (2 if args.bf16_weights else 4))
     if args.mini:
         builtin.make(Path(args.model))
         check_model_folder(start, weights=True)  # its results may have outlived it
@@ -74,6 +71,9 @@ def check_output(output, resume):
         names = {p.name for p in output.iterdir()} if output.is_dir() else set()
         require(output.is_dir() or not output.exists(),
                 f"{output}: a file, where --output needs a folder")
+        odd = sorted(name for name in names if (path := output / name).exists()
+                     and not path.is_file() and not path.is_dir())
+        require(not odd, f"{output}: {', '.join(odd)}: neither a file nor a folder; move it away")
     check_writable(output)
     names -= {LOCK, HALF_DONE}
     if resume:
@@ -96,21 +96,6 @@ def compare(output, settings):
     require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
 
 
-def check_room(output, size):
-    """Two checkpoints, each with two moments, and the model; one checkpoint may be there by now."""
-    there = sum(path.stat().st_size for path in checkpoints(output))
-    free, needed = shutil.disk_usage(check_writable(output)).free + there, 7 * size
-    require(free >= needed, f"{output}: {free / 2**30:.1f} GiB free on that disk, two checkpoints "
-            f"and the model need {needed / 2**30:.1f} GiB; pass another --output")
-
-
-def check_complete(output, files):
-    """Raise InputError if a run ended here, but what it made is gone."""
-    check_model_folder(output, weights=True)
-    gone = sorted(file.name for file in files if not (output / file.name).exists())
-    require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
-
-
 def is_complete(output, settings):
     """Whether the run is complete. InputError if the ranks do not have the same run before them."""
     first = ranks.from_first(settings)
@@ -119,9 +104,10 @@ def is_complete(output, settings):
         ranks.say(f"{output}: this run is complete")
         return True
     with ranks.together():
-        other = [key for key in settings if key not in FREE and settings[key] != first[key]]
-        require(not other, f"{output}: rank {ranks.rank()} has another {', '.join(other)} than "
-                "rank 0; all machines need the same files")
+        other = [key for key in settings if key not in PATHS and settings[key] != first[key]]
+        require(not other, f"{output}: rank {ranks.rank()} has another "
+                f"{', '.join(other).replace('_', '-')} than rank 0; all need the same arguments "
+                "and files")
     return False
 
 
@@ -144,7 +130,7 @@ def going_on(args, settings, total):
                     "wait for it, or pass another --output"))
                 check_output(output, args.resume)  # nobody was here meanwhile
                 compare(output, settings)
-                require(not (output / "config.json").exists(),
+                require(not is_finished(output),
                         f"{output}: finished by another process meanwhile")
                 start = newest_step(output, total)
         start = ranks.from_first(start)
@@ -160,7 +146,7 @@ def going_on(args, settings, total):
             # What all ranks find alike stays what it is, so that only one prints it.
             kind = FloatingPointError if cause(e) == "not finite" else Failure
             raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; "
-                       f"{last_checkpoint(output)}; {HELP[cause(e)]}") from None
+                       + last_checkpoint(output) + HELP.get(cause(e), "")) from None
 
 
 @contextlib.contextmanager
@@ -186,7 +172,7 @@ def opened_log(args, settings, start, bar):
                 bar.n = record["step"]
                 bar.update(0)
         yield log
-    if ranks.first() and (args.output / "config.json").exists():
+    if ranks.first() and is_finished(args.output):
         report(args, time.time() - began)
 
 
@@ -220,11 +206,6 @@ def is_due(every, step, epochs):
 
 # Checkpoints
 
-def checkpoints(output):
-    """The checkpoints in a folder, oldest first."""
-    return sorted(p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name))
-
-
 def last_checkpoint(output):
     found = checkpoints(output)
     if not found:
@@ -244,7 +225,8 @@ def put_checkpoint(output, step, tensors, about):
     """Write a checkpoint file, then remove the ones before."""
     path = output / f"checkpoint-{step:08d}.safetensors"
     with filling(output) as scratch:
-        about = {key: json.dumps(value) for key, value in {**about, "step": step}.items()}
+        about = {**about, "step": step, "tensors": len(tensors)}
+        about = {key: json.dumps(value) for key, value in about.items()}
         save_file(tensors, scratch / path.name, about)
     for old in filter(Path.is_file, checkpoints(output)):
         if old != path:
@@ -253,7 +235,7 @@ def put_checkpoint(output, step, tensors, about):
 
 def get_checkpoint(output, step, shapes):
     """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
-    weights of these {name: shape}, and the moments of those that were trained."""
+    weights of these {name: (shape, dtype)}, and the moments of those that were trained."""
     if not step:
         return {}, None
     path, *older = checkpoints(output)[::-1]
@@ -264,10 +246,11 @@ def get_checkpoint(output, step, shapes):
         trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
         shapes = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
                            for name in trained for moment in ("exp_avg", "exp_avg_sq")}
-        held = {name: tensor.shape for name, tensor in tensors.items()}
-        counts = range(step + 1) if trained else [0]  # without steps that fp16 skipped
-        if about["step"] != step or about["adam_step"] not in counts or held != shapes:
-            raise ValueError("its steps, or its tensors' names or shapes, are others")
+        held = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        counts = range(1, step + 1) if trained else [0]  # without steps that fp16 skipped
+        if (about["step"] != step or about["adam_step"] not in counts or held != shapes
+                or about["tensors"] != len(tensors)):
+            raise ValueError("its steps, or its tensors' names, shapes or dtypes, are others")
     return tensors, about
 
 

@@ -2,9 +2,16 @@
 
 import os
 import signal
+import sys
 
 
 def prepare():
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        print("error: this system cannot lock files (no fcntl); use Linux, macOS, or Windows by "
+              "WSL", file=sys.stderr)
+        sys.exit(2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
     # How long a thread spins that waits for another. Beside other work OpenMP's default (300,000)

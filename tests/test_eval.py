@@ -454,8 +454,44 @@ def test_saved_results_are_used_and_kept(pair, tofu, tmp_path, capsys, monkeypat
     for changed in (["--max-new-tokens", 6], ["--max-new-tokens", 6, "--limit", 3], ["--force"]):
         assert run(model, "--forget", tofu, *changed) == 0
     assert run(model, "--forget", tofu) == 0 and len(calls) == 3
-    os.utime(Path(model, "model.safetensors"), (1, 1))
+    os.utime(Path(model, "model.safetensors"), (1, 1))  # the same content, as in a copy
+    assert run(model, "--forget", tofu) == 0 and len(calls) == 3
+    kept = os.stat(Path(model, "model.safetensors"))
+    write_model(model, seed=4)  # other weights of the same size and age
+    os.utime(Path(model, "model.safetensors"), ns=(kept.st_atime_ns, kept.st_mtime_ns))
     assert run(model, "--forget", tofu) == 0 and len(calls) == 4
+    Path(model, "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert run(model, "--forget", tofu) == 0 and len(calls) == 5
+
+
+def test_a_hub_name_whose_branch_moves(tofu, tmp_path):
+    """Its new commit is measured again, and a run from the old one does not go on from it; a
+    commit that is known is not measured again."""
+    repository = tmp_path / "hub" / "models--tiny--mine"
+    for seed, commit in enumerate(("aaa", "bbb")):
+        write_model(repository / "snapshots" / commit, seed=seed)
+    (repository / "refs").mkdir()
+
+    def at(commit, program, *options):
+        (repository / "refs" / "main").write_text(commit)
+        command = [sys.executable, ROOT / program, *options, "--forget", tofu]
+        env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*map(str, command)], cwd=tmp_path, env=env, text=True,
+                              capture_output=True)
+
+    def result():
+        path = tmp_path / "runs" / "tiny--mine" / "eval.json"
+        (entry,) = json.loads(path.read_text())["evaluations"].values()
+        return entry["settings"]["weights"], entry
+
+    old, same, new = (at(commit, "eval.py", "tiny/mine", "--max-new-tokens", "2") and result()
+                      for commit in ("aaa", "aaa", "bbb"))
+    assert old == same and [old[0], new[0]] == ["aaa", "bbb"]
+    assert old[1]["values"] != new[1]["values"]
+    train = ["--model", "tiny/mine", "--retain-loss", "none", "--epochs", "1", "--output", "out"]
+    assert at("aaa", "train.py", *train).returncode == 0
+    ended = at("bbb", "train.py", *train, "--resume")
+    assert ended.returncode == 2 and "start was aaa, is bbb" in ended.stderr
 
 
 def test_saved_file_is_strict_json_with_everything(pair, tofu):

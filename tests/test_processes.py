@@ -23,7 +23,7 @@ from conftest import (ROOT, SERVER, end_of, free_port, log, run, start, stop_aft
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from data import builtin, ranks, results, runs
+from data import builtin, files, ranks, results, runs
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")
@@ -176,6 +176,16 @@ def test_two_first_commands(world, tmp_path):
     assert names("runs") == {"base", "target"} and "config.json" in names("runs/target")
     one, two = weights(Path("one")), weights(Path("two"))
     assert all(one[name].equal(two[name]) for name in one)
+    # Other data, under the same name: what was made from the old is not used in silence.
+    other = (data / "full.jsonl").read_text().replace("Oslo", "Roma")
+    (data / "full.jsonl").write_text(other)
+    argv = ["--forget", f"{data}/forget01", "--retain-loss", "none", "--output", "three"]
+    assert_one_line(run(argv, quick_builtin, data, maker), 2,
+                    f"runs/target: made from other data than {data}/full holds now")
+    assert not Path("three").exists()
+    shutil.rmtree("runs/target")
+    assert run(argv, quick_builtin, data, maker) == (0, "")
+    assert Path("made").read_text() == "once\n" * 3
 
 
 # Ranks
@@ -187,7 +197,6 @@ def one_rank(connection, rank, port, argv, interfere):
     Path(f"rank{rank}").mkdir(exist_ok=True)
     os.chdir(f"rank{rank}")
     torch.set_num_threads(1)
-    ranks.PARENT = os.getppid()
     if interfere:
         interfere[0](rank, *interfere[1:])
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -252,7 +261,12 @@ def test_ranks_must_have_the_same_files(world, tmp_path):
     write_model(tmp_path / "twin", seed=1, num_hidden_layers=1)
     for more, culprit in ((f"--forget {tmp_path}/short", "rank 1 has another forget data"),
                           (f"--model {tmp_path}/twin", "rank 1 has another start"),
-                          ("--lr 1", "rank 1 has another lr"), ("--forget no", "no such data file"),
+                          ("--lr 1", "rank 1 has another lr"),
+                          ("--max-tokens 90", "rank 1 has another max-tokens"),
+                          ("--save-every 3", "rank 1 has another save-every"),
+                          ("--snapshots 1", "rank 1 has another snapshots"),
+                          ("--checkpointing", "rank 1 has another checkpointing"),
+                          ("--forget no", "no such data file"),
                           ("--model no/such/model", "no/such/model: no such folder")):
         first, second = two_ranks([argv, [*argv, *more.split()]])
         assert_one_line(first, 2, culprit)
@@ -260,6 +274,36 @@ def test_ranks_must_have_the_same_files(world, tmp_path):
     first, second = two_ranks([[*argv, "--beta", "0"]] * 2)
     assert_one_line(first, 2, "--beta")
     assert second == (2, "") and names("rank0") == set()
+
+
+@pytest.mark.parametrize("variables", ["RANK=0", "RANK=", "RANK=x", "RANK=0 WORLD_SIZE=1",
+                                       "RANK=5 WORLD_SIZE=2", "RANK=-1 WORLD_SIZE=2",
+                                       "RANK=1 WORLD_SIZE=2", "RANK=2 WORLD_SIZE=2"])
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_ranks_that_the_environment_has_only_half(variables, program, world):
+    """One line, from a rank other than 0, too; nobody waits for others."""
+    argv = words(RUN, world) if program == "train" else [
+        f"{world}/model", "--forget", f"{world}/tofu/forget05"]
+    meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    for more in [{}, *[meet] * ("=2" in variables and "RANK=1" not in variables)]:
+        environment = dict(word.split("=") for word in variables.split()) | more
+        assert_one_line(run(argv, set_environment, environment, program=program), 2,
+                        "in the environment, as under torchrun", "unset RANK")
+    assert not Path("run").exists()
+
+
+def set_environment(variables):
+    os.environ |= variables
+
+
+def test_ranks_whose_starter_is_gone(world):
+    """Started by hand under nohup, they go on when the shell ends."""
+    argv = words(f"{RUN} --epochs 1", world)
+    assert two_ranks([argv, argv], of_another_parent) == [(0, ""), (0, "")]
+
+
+def of_another_parent(rank):
+    ranks.PARENT = -1
 
 
 def fail_in(rank, who, step, error):
@@ -281,7 +325,7 @@ def fail_in(rank, who, step, error):
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("error, culprits", [
     ("memory", ("out of memory after step 2", "--max-tokens")),
-    ("disk", ("cannot write after step 2", "No space left on device"))])
+    ("disk", ("stopped after step 2", "No space left on device"))])
 def test_one_rank_fails(error, culprits, who, world):
     """It says why; the other says that it has ended."""
     argv = words(f"{RUN} --epochs 2", world)
@@ -403,16 +447,21 @@ def program(name, *argv, **options):
                             stderr=subprocess.PIPE, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_torchrun_itself_is_stopped(number, world):
-    """The ranks save, whether torchrun tells them or is gone; going on with one process ends in
-    the same weights but for rounding."""
+@pytest.mark.parametrize("number, whom", [
+    (signal.SIGKILL, "torchrun"), (signal.SIGTERM, "torchrun"), (signal.SIGHUP, "all"),
+    (signal.SIGINT, "all")])
+def test_torchrun_itself_is_stopped(number, whom, world):
+    """The ranks save, whether torchrun tells them, they were told before, or it is gone; going on
+    with one process ends in the same weights but for rounding."""
     argv = [*words(RUN, world), "--epochs", "1000", "--save-every", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(ROOT / "train.py"), *argv]
     with open("err", "w") as err:
         agent = subprocess.Popen(command, env=ENV, stdout=err, stderr=err)
         wait_until(lambda: Path("run/metrics.jsonl").exists() and len(log(Path("run"))) > 3)
+        ranks_of_it = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        for pid in map(int, ranks_of_it * (whom == "all")):
+            os.kill(pid, number)
         agent.send_signal(number)
         agent.wait(60)
     wait_until(lambda: list(Path("run").glob("checkpoint-*")) and not Path("run/.lock").exists())
@@ -432,15 +481,53 @@ def test_the_terminal_is_closed(ignored, world):
     argv = words(f"{RUN} --epochs 2 --save-every 0", world)
     if not ignored:
         assert run(argv, hang_up, False) == (129, "")
-        assert [p.name
-                for p in runs.checkpoints(Path("run"))] == ["checkpoint-00000002.safetensors"]
+        assert [p.name for p in files.checkpoints(Path("run"))] == [
+            "checkpoint-00000002.safetensors"]
     else:
         assert run(argv, hang_up, True) == (0, "")
 
 
 def hang_up(ignored):
+    """Twice: the shell and the kernel both say so when a terminal closes."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     train.update = stop_after(2, signal.SIGHUP)
+    train.update = stop_after(2, signal.SIGHUP)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(world):
+    code = ("import signal, sys, train; from conftest import stop_after; "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "train.update = stop_after(2, signal.SIGINT); "
+            "train.update = stop_after(2, signal.SIGINT); sys.exit(train.main())")
+    argv = words(f"{RUN} --epochs 2 --save-every 0", world)
+    child = subprocess.run([sys.executable, "-c", code, *argv], env=ENV, capture_output=True)
+    assert child.returncode == -signal.SIGINT and not list(Path("run").glob("checkpoint-*"))
+
+
+def test_outside_the_main_thread(world):
+    """As in a web service: the run goes its way, and catches no signals."""
+    argv = words(f"{RUN} --epochs 1", world)
+    assert run(argv, in_a_thread) == (0, "") and "config.json" in names("run")
+
+
+def in_a_thread():
+    main, ended = train.main, []
+
+    def threaded(argv):
+        thread = threading.Thread(target=lambda: ended.append(main(argv)))
+        thread.start()
+        thread.join()
+        return ended[0]
+    train.main = threaded
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+def test_a_system_without_file_locks(name):
+    code = ("import runpy, signal, sys; sys.modules['fcntl'] = None; del signal.SIGHUP; "
+            f"sys.argv = ['{name}', '--help']; runpy.run_path({str(ROOT / name)!r}, "
+            "run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, text=True, capture_output=True)
+    assert_one_line((done.returncode, done.stderr), 2, "use Linux, macOS, or Windows by WSL")
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])

@@ -340,7 +340,8 @@ def world(tmp_path_factory):
 def unlearn(world, output, *more):
     """Run train.main on the target; a later option overrides an earlier one.
     Returns the lines of metrics.jsonl."""
-    assert train.main(["--model", str(world / "target"), "--forget", str(world / "forget25"),
+    start = [] if "--init" in more else ["--model", str(world / "target")]
+    assert train.main([*start, "--forget", str(world / "forget25"),
                        "--output", str(output), "--epochs", "20", "--batch-size", "4",
                        "--lr", "5e-3", "--forget-weight", "0.3", "--save-every", "0", *more]) == 0
     return log(output)
@@ -489,7 +490,7 @@ def test_the_start_models_own_files_are_carried_over(world, tmp_path):
     shutil.copytree(world / "target", copied)
     (copied / "generation_config.json").write_text('{"eos_token_id": [1, 7], "top_p": 0.5}')
     for start, model in ((copied, ["--model", copied]),
-                         (world / "init", ["--init", world / "init", "--model", ""])):
+                         (world / "init", ["--init", world / "init"])):
         output = tmp_path / f"from-{start.name}"
         unlearn(world, output, *map(str, model), "--epochs", "1")
         own = {p.name: p.read_bytes() for p in start.iterdir()
