@@ -31,7 +31,8 @@ from data.errors import naming, one_line_errors, require
 from data.generation import Finite, decode, generation_batches
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
                        front_of, length_batches, load_examples, read_records)
-from data.models import check_generation, context_length, load_pretrained, load_skeleton, vocabulary
+from data.models import (check_generation, context_length, load_pretrained, load_skeleton,
+                         rope_borders, vocabulary)
 from data.official import check_reference
 from data.options import DTYPES, evaluation_options
 from data.porter import stem as porter_stem
@@ -163,7 +164,8 @@ def score_answers(model, examples, max_tokens):
     scores = [None] * len(examples)
     rows = chunk_rows(model)
     lengths = [len(e.input_ids) for e in examples]
-    for batch in progress(length_batches(lengths, max_tokens), "scoring"):
+    batches = length_batches(lengths, max_tokens, rope_borders(model))
+    for batch in progress(batches, "scoring"):
         ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
         hidden, targets = answer_hidden(model, ids, labels)
         parts = []
@@ -469,7 +471,8 @@ def evaluate_kl(model, tokenizer, files, options):
 
 def score_kl(model, examples, reference, max_tokens):
     records, lengths = [None] * len(examples), [len(e.input_ids) for e in examples]
-    for batch in progress(length_batches(lengths, max_tokens), "scoring"):
+    borders = rope_borders(model) + rope_borders(reference)
+    for batch in progress(length_batches(lengths, max_tokens, borders), "scoring"):
         ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
         kl, tokens = answer_kl(model, reference, ids, labels)
         for i, value, count in zip(batch, kl.tolist(), tokens.tolist()):

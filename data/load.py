@@ -204,12 +204,13 @@ def chunks(ids, max_length, front):
 
 # Examples to batches
 
-def length_batches(lengths, max_tokens):
+def length_batches(lengths, max_tokens, borders=()):
     """Index lists over range(len(lengths)), of like length, of at most max_tokens padded tokens
-    (or of one sequence that is longer)."""
+    (or of one sequence that is longer), each on one side of every border (models.rope_borders)."""
     batches, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+        parted = any(width > border >= lengths[i] for border in borders)
+        if not batches or parted or width * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
             width = lengths[i]
         batches[-1].append(i)

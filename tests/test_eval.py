@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from conftest import ROOT, write_lines, write_model, write_muse, write_tofu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig,
+                          LlamaForCausalLM, Phi3Config)
 
 import eval as evaluation
+import train
 from data import builtin
 from data.load import Example
 from data.official import TOFU_LOGS
@@ -233,6 +236,53 @@ def test_generation_stops_at_the_end_of_the_context(tmp_path):
     prompts = [[0, 9, 9], [0] * 24, [0] * 30, [0] * 20]
     new = evaluation.generate(model, prompts, tokenizer, 200, 64)
     assert [x and len(x) for x in new] == [21, None, None, 4]
+
+
+# Models whose rotary tables change with the longest text of a batch
+
+BORDER = 40
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 4.0, 7.0, 10.0], "original_max_position_embeddings": BORDER}
+ROPES = {
+    "longrope": (LlamaConfig, dict(rope_parameters=LONG)),
+    "phi3": (Phi3Config, dict(  # which computes its cache anew at the border
+        rope_parameters=LONG, original_max_position_embeddings=BORDER, pad_token_id=1)),
+    "gemma3": (Gemma3TextConfig, dict(  # a table for each kind of layer
+        head_dim=8, layer_types=["sliding_attention", "full_attention"], rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": LONG})),
+    "dynamic": (LlamaConfig, dict(max_position_embeddings=BORDER + 80, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}))}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_texts_values_do_not_depend_on_its_neighbours(kind, tmp_path):
+    """In scoring, training and generation: as transformers has them for one text alone."""
+    family, changes = ROPES[kind]
+    folder = write_model(tmp_path / "m", family=family, **changes)
+    model, tokenizer = evaluation.load(folder, SimpleNamespace(dtype="fp32", device="cpu"))
+    alone = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(1)
+    examples = [Example(torch.randint(2, 250, (n,)).tolist(), 3)
+                for n in (20, BORDER - 1, BORDER, BORDER + 1, 60, BORDER + 80)]
+    wanted = []
+    for e in examples:
+        with torch.no_grad():
+            logps = alone(torch.tensor([e.input_ids])).logits[0, :-1].double().log_softmax(-1)
+        wanted.append(logps.gather(1, torch.tensor(e.input_ids[1:])[:, None])[2:, 0])
+    sums = torch.stack([logps.sum() for logps in wanted]).float()
+    for max_tokens in (1, 10**6):
+        for (logps, _), want in zip(evaluation.score_answers(model, examples, max_tokens), wanted):
+            assert torch.allclose(logps.double(), want, atol=1e-4)
+        args = SimpleNamespace(device="cpu", max_tokens=max_tokens)
+        assert torch.allclose(train.score(train.Objective(model), examples, args), sums, atol=1e-2)
+    for net in (model.eval(), alone):
+        net.get_output_embeddings().weight.data[1] = 0  # logit 0: never the largest, so no end
+    prompts = some_prompts()
+    new = [continuation(alone, prompt, 20) for prompt in prompts]
+    for batch_size in (1, 64):
+        assert evaluation.generate(model, prompts, tokenizer, 20, batch_size) == new
+    assert {len(text) for text in new} == {20}  # so that some go over the border
 
 
 CHAT = ("{% if date_string %}Today: {{ date_string }}{% endif %}{% for m in messages %}"
