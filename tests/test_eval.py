@@ -564,7 +564,7 @@ def test_junk_that_comes_meanwhile_loses_no_results(junk, tofu, tmp_path, capsys
 @pytest.mark.parametrize("mode", ["forget", "muse"])
 def test_all_models_are_asked_what_was_read_once(mode, tmp_path, monkeypatch):
     """Even if a file is edited before the first is opened."""
-    data = Path(write_tofu(tmp_path / "data") if mode == "forget" else write_muse(tmp_path / "data"))
+    data = Path((write_tofu if mode == "forget" else write_muse)(tmp_path / "data"))
     load = evaluation.load
 
     def edited(*args):
