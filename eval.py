@@ -30,13 +30,14 @@ from data import builtin, ranks, results
 from data.errors import naming, one_line_errors, require
 from data.generation import Finite, decode, generation_batches
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
-                       front_of, length_batches, load_examples, read_records)
-from data.models import check_generation, context_length, load_pretrained, load_skeleton, vocabulary
+                       front_of, length_batches, read_records, to_examples)
+from data.models import (check_generation, context_length, load_pretrained, load_skeleton,
+                         rope_borders, vocabulary)
 from data.official import check_reference
 from data.options import DTYPES, evaluation_options
 from data.porter import stem as porter_stem
 from data.ranks import progress, spread
-from data.records import muse_files, require_fit, tofu_files, tofu_records
+from data.records import muse_records, require_fit, tofu_files, tofu_records
 from data.results import Undefined, attempt, column, finite, given, mean
 from simnpo import answer_hidden, answer_kl, check_head, chunk_rows, head_logits
 
@@ -138,10 +139,9 @@ def exact_memorization(right):
 
 def extraction_strength(right):
     """1 - k/|y| for the smallest k such that all tokens from place k on are right; 0 if even the
-    last is wrong.
+    last is wrong (Carlini et al. 2021).
 
-    Carlini et al. 2021, as in OpenUnlearning but for that last case, where its loop ends one early
-    and gives 1/|y|.
+    OpenUnlearning's loop ends one early and gives 1/|y| there, so its value has a row of its own.
     """
     wrong = [i for i, x in enumerate(right) if not x]
     return 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
@@ -163,7 +163,8 @@ def score_answers(model, examples, max_tokens):
     scores = [None] * len(examples)
     rows = chunk_rows(model)
     lengths = [len(e.input_ids) for e in examples]
-    for batch in progress(length_batches(lengths, max_tokens), "scoring"):
+    batches = length_batches(lengths, max_tokens, rope_borders(model))
+    for batch in progress(batches, "scoring"):
         ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
         hidden, targets = answer_hidden(model, ids, labels)
         parts = []
@@ -211,18 +212,18 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=()):
 
 # TOFU
 
-def evaluate_tofu(model, tokenizer, files, options):
-    """Per-example values of the splits: {split: [record]}. `files` as from tofu_files."""
+def evaluate_tofu(model, tokenizer, data, options):
+    """Per-example values of the splits: {split: [record]}. `data` as from tofu_records."""
     prompt = Prompt(options.template, options.system, options.date)
     questions, examples = [], []  # (split, record, which Examples are its answers); all Examples
-    for split, path in files.items():
-        for record in tofu_records(split, path, options.limit):
+    for split, records in data.items():
+        for record in records:
             answers = [record["answer"]]
             if "paraphrased_answer" in record:
                 answers.append(record["paraphrased_answer"])
             if split != "holdout":
                 answers += record["perturbed_answer"]
-            where = [f"{path}:{record['line']}"] * len(answers)
+            where = [record["where"]] * len(answers)
             questions.append((split, record, slice(len(examples), len(examples) + len(answers))))
             examples += encode_answers(tokenizer, [record["question"]] * len(answers), answers,
                                        prompt, where)
@@ -234,11 +235,11 @@ def evaluate_tofu(model, tokenizer, files, options):
     new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
                  ends)
     said = iter(zip(decode(tokenizer, new), map(tokenizer.decode, prompts)))
-    values = {split: [] for split in files}
+    values = {split: [] for split in data}
     for split, record, place in questions:
         logps = scores[place][0][0].tolist()  # of the true answer
         kept = {"question": record["question"], "answer": record["answer"],
-                "min_40": finite(min_k(logps, least=1))}
+                "min_k": finite(min_k(logps[:-1], least=1))}  # without the end: OpenUnlearning
         if split != "holdout":
             kept |= tofu_record(split, record, scores[place], *next(said))
         values[split].append(kept)
@@ -270,12 +271,13 @@ def tofu_values(split, nll, paraphrased_nll, perturbed_nlls):
     if None in (nlls["nll"], nlls["paraphrased_nll"], *nlls["perturbed_nll"]):
         names = ("probability", "paraphrased_probability", "truth_ratio", "knowledge")
         return nlls | dict.fromkeys(names)
+    false_nll = math.fsum(perturbed_nlls) / len(perturbed_nlls)  # of their geometric mean
     among_options = split in ("real_authors", "world_facts")
     probability = share_of_truth(nll, perturbed_nlls) if among_options else math.exp(-nll)
     return {**nlls, "probability": probability,
             "paraphrased_probability": math.exp(-paraphrased_nll),
             "truth_ratio": truth_ratio(paraphrased_nll, perturbed_nlls),
-            "knowledge": share_of_truth(paraphrased_nll, perturbed_nlls)}
+            "knowledge": share_of_truth(paraphrased_nll, [false_nll])}
 
 
 def share_of_truth(nll, false_nlls):
@@ -312,7 +314,7 @@ def utility(values, reference):
 
 def forget_auc(values, reference):
     """P(a holdout question's Min-40% score < a forget question's)."""
-    return auroc(column(values, "forget", "min_40"), column(values, "holdout", "min_40"))
+    return auroc(column(values, "forget", "min_k"), column(values, "holdout", "min_k"))
 
 
 def forget_privleak(values, reference):
@@ -360,9 +362,9 @@ def tofu_metrics(values, reference):
 AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}  # published: forget against holdout, Min-40%
 
 
-def evaluate_muse(model, tokenizer, folder, options):
+def evaluate_muse(model, tokenizer, data, options):
     """Per-example values: {"verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget",
-    "privleak_holdout"}."""
+    "privleak_holdout"}. `data` as from muse_records."""
     def continuations(prompts, max_new_tokens):
         new = spread(generate, model, encode_texts(tokenizer, prompts), tokenizer, max_new_tokens,
                      options.batch_size)
@@ -376,7 +378,7 @@ def evaluate_muse(model, tokenizer, folder, options):
         return [next(scores) if len(e.input_ids) <= room else lost for e in examples]
 
     values = {}
-    records = read_records(folder / "verbmem" / "forget")
+    records = data["verbmem/forget"]
     wanted = encode_texts(tokenizer, [r["gt"] for r in records])
     wanted = decode(tokenizer, [ids[:128] for ids in wanted],  # the official cut counts the BOS
                     clean_up_tokenization_spaces=True)
@@ -387,16 +389,16 @@ def evaluate_muse(model, tokenizer, folder, options):
         muse_record(r["prompt"], answer, text) | {"extraction_strength": strength}
         for r, answer, text, strength in zip(records, wanted, texts, strengths)]
     for split in ("forget", "retain"):
-        shots = read_records(folder / "knowmem" / f"{split}_qa_icl")
+        shots = data[f"knowmem/{split}_qa_icl"]
         shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in shots)
-        records = read_records(folder / "knowmem" / f"{split}_qa")
+        records = data[f"knowmem/{split}_qa"]
         texts = continuations([f"{shots}Question: {r['question']}\nAnswer: " for r in records], 32)
         texts = [text and re.split("\n\n|\nQuestion|Question:", text)[0] for text in texts]
         values[f"knowmem_{split}"] = [muse_record(r["question"], r["answer"], text)
                                       for r, text in zip(records, texts)]
     for split in ("forget", "holdout"):
-        examples = load_examples(folder / "privleak" / split, tokenizer, 2**31, Prompt(),
-                                 vocabulary(model))
+        examples = to_examples(data[f"privleak/{split}"], tokenizer, 2**31, Prompt(),
+                               vocabulary(model))
         values[f"privleak_{split}"] = [{"min_40": finite(min_k(logps.tolist()))}
                                        for logps, _ in score(examples)]
     return values
@@ -453,23 +455,24 @@ def muse_metrics(values, auc_retrain):
 # KL: how far from a reference on sequences that neither has seen (the study of Markov chains).
 
 @torch.inference_mode()
-def evaluate_kl(model, tokenizer, files, options):
+def evaluate_kl(model, tokenizer, data, options):
     """{file: [record]} with KL(reference || model) summed over each sequence's tokens."""
     reference, _ = load(options.reference, options)
     sizes = [len(m.get_output_embeddings().weight) for m in (model, reference)]
     require(sizes[0] == sizes[1], f"{options.reference}: {sizes[1]} logits a token, the model has "
             f"{sizes[0]}; KL needs one vocabulary")
     values, room = {}, context_length(model)
-    for path in files:
-        examples = load_examples(path, tokenizer, room, Prompt(), vocabulary(model))
-        values[results.relative(path)] = spread(
+    for name, records in data.items():
+        examples = to_examples(records, tokenizer, room, Prompt(), vocabulary(model))
+        values[name] = spread(
             score_kl, model, examples[:options.limit], reference, options.max_tokens)
     return values
 
 
 def score_kl(model, examples, reference, max_tokens):
     records, lengths = [None] * len(examples), [len(e.input_ids) for e in examples]
-    for batch in progress(length_batches(lengths, max_tokens), "scoring"):
+    borders = rope_borders(model) + rope_borders(reference)
+    for batch in progress(length_batches(lengths, max_tokens, borders), "scoring"):
         ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
         kl, tokens = answer_kl(model, reference, ids, labels)
         for i, value, count in zip(batch, kl.tolist(), tokens.tolist()):
@@ -521,13 +524,12 @@ def tofu(options):
         asked = results.Evaluation("tofu", {}, None, complete_tofu)
     else:
         forget = find(options.forget)
-        files = tofu_files(forget)
-        questions = {split: tofu_records(split, path, options.limit)
-                     for split, path in files.items()}
+        data = {split: tofu_records(split, path, options.limit)
+                for split, path in tofu_files(forget).items()}
         names = "template system date limit max_new_tokens dtype"
         asked = results.Evaluation(
-            f"tofu {results.relative(forget)}", results.settings(options, names, files.values()),
-            lambda model: evaluate_tofu(*load(model, options), files, options), complete_tofu)
+            f"tofu {results.relative(forget)}", results.settings(options, names, data),
+            lambda model: evaluate_tofu(*load(model, options), data, options), complete_tofu)
         if not options.reference and builtin.is_builtin(forget):  # make what to compare with
             made = builtin.target_and_retrained(forget)
             results.check([m for m in options.models if m not in made], asked, options)
@@ -537,7 +539,7 @@ def tofu(options):
             arguments, options.reference = [*made, *options.models], made[1]
         known = options.reference and results.saved_entry(options.reference, asked, options)
         if known:  # refuse a reference that was asked other questions before anything is run
-            check_reference({"values": questions}, known, options.reference)
+            check_reference({"values": data}, known, options.reference)
     entries = results.collect(arguments, asked, options)
     reference = entries.get(options.reference)
 
@@ -551,9 +553,10 @@ def tofu(options):
 
 
 def complete_tofu(values):
-    """Values as evaluate_tofu gives them, with what follows from the nlls of an official log."""
+    """Values as evaluate_tofu gives them: what follows from nlls, of an official log or kept from
+    before, is computed anew."""
     for split, records in values.items():
-        for r in (r for r in records if "nll" in r and "truth_ratio" not in r):
+        for r in (r for r in records if "nll" in r):
             r |= tofu_values(split, r["nll"], r["paraphrased_nll"], r["perturbed_nll"])
     tofu_metrics(values, values)  # raises where they are damaged
     return values
@@ -561,6 +564,7 @@ def complete_tofu(values):
 
 def muse(options):
     folder, models = Path(options.muse), list(options.models)
+    data = muse_records(folder)
     auc = AUC_RETRAIN.get(folder.resolve().name)
     try:
         auc = float(options.reference or "")
@@ -569,8 +573,8 @@ def muse(options):
     require(auc is None or 0 < auc <= 1,
             f"--reference {options.reference}: an AUC is above 0 and at most 1")
     asked = results.Evaluation(
-        f"muse {results.relative(folder)}", results.settings(options, "dtype", muse_files(folder)),
-        lambda model: evaluate_muse(*load(model, options), folder, options),
+        f"muse {results.relative(folder)}", results.settings(options, "dtype", data),
+        lambda model: evaluate_muse(*load(model, options), data, options),
         lambda values: muse_metrics(values, None) and values)
     entries = results.collect(models, asked, options)
     if options.reference in entries:
@@ -580,15 +584,13 @@ def muse(options):
 
 def kl(options):
     require(options.reference, "--kl needs --reference: the model to compare with")
-    files = [find(path) for path in options.kl]
-    for path in files:
-        read_records(path)
+    data = {results.relative(path): read_records(path) for path in map(find, options.kl)}
     load_skeleton(options.reference)
-    settings = results.settings(options, "limit dtype", files)
+    settings = results.settings(options, "limit dtype", data)
     asked = results.Evaluation(
-        " ".join(["kl", options.reference, *map(results.relative, files)]),
+        " ".join(["kl", options.reference, *data]),
         settings | {"reference": results.fingerprint(options.reference)},
-        lambda model: evaluate_kl(*load(model, options), files, options),
+        lambda model: evaluate_kl(*load(model, options), data, options),
         lambda values: kl_metrics(values) and values)
     entries = results.collect(options.models, asked, options)
     return entries, lambda entry: kl_metrics(entry["values"])

@@ -27,7 +27,7 @@ from data import builtin, ranks, runs
 from data.errors import naming, one_line_errors, require
 from data.load import Prompt, collate, length_batches, load_examples
 from data.models import (check_savable, context_length, load_skeleton, load_start, merged,
-                         model_files, vocabulary)
+                         model_files, rope_borders, vocabulary)
 from data.optim import MOMENTS, StochasticAdamW
 from data.options import DTYPES, training_options
 from data.records import check_disjoint
@@ -82,6 +82,7 @@ def main(argv=None):
     if runs.is_complete(args.output, settings):
         return 0
     state = build(args)
+    borders = rope_borders(state.objective.model)
     # What NPO compares with: the model as it was, so before a checkpoint is loaded.
     with_reference = forget and LOSSES[args.loss].needs_reference
     ref_logps = score(state.objective, forget, args) if with_reference else None
@@ -115,11 +116,11 @@ def main(argv=None):
 
             # Each micro-batch divides by the whole step's count, so that the gradient does not
             # depend on how the step is split.
-            for at, share in micro_batches(forget, forget_at, args.max_tokens):
+            for at, share in micro_batches(forget, forget_at, args.max_tokens, borders):
                 loss = forget_losses(state.objective, forget, at, ref_logps, args).sum() * share
                 state.scaler.scale(args.forget_weight * loss).backward()
                 losses[0] += loss.detach()
-            for at, share in micro_batches(retain, retain_at, args.max_tokens):
+            for at, share in micro_batches(retain, retain_at, args.max_tokens, borders):
                 loss = retain_losses(state.objective, retain, at, args).sum() * share
                 state.scaler.scale(args.retain_weight * loss).backward()
                 losses[1] += loss.detach()
@@ -167,9 +168,9 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
-def micro_batches(data, at, max_tokens):
+def micro_batches(data, at, max_tokens, borders=()):
     """This rank's [(indices, share)] of the Examples data[i] for i in `at`: batches of like length,
-    padded to at most max_tokens together.
+    padded to at most max_tokens together, none across a border (models.rope_borders).
 
     A micro-batch's sum of losses times its share is its part of the step's mean. FSDP takes the
     mean over ranks, where a sum is meant, so a share is world/len(at). Its ranks must make equally
@@ -179,7 +180,7 @@ def micro_batches(data, at, max_tokens):
     order = sorted(at, key=lambda i: len(data[i].input_ids), reverse=True)
     plans = []
     for part in (order[r::world] for r in range(world)):
-        batches = length_batches([len(data[i].input_ids) for i in part], max_tokens)
+        batches = length_batches([len(data[i].input_ids) for i in part], max_tokens, borders)
         plans.append([([part[i] for i in batch], world / len(at)) for batch in batches])
     fillers = max(map(len, plans)) - len(plans[rank])
     return plans[rank] + [(order[-1:], 0.0)] * fillers
@@ -250,7 +251,8 @@ def score(objective, data, args):
     """Log-probability of each Example's answer, (n,) on every rank."""
     logps = torch.zeros(len(data), device=args.device)
     objective.eval()
-    for at, share in micro_batches(data, range(len(data)), args.max_tokens):
+    borders = rope_borders(objective.model)
+    for at, share in micro_batches(data, range(len(data)), args.max_tokens, borders):
         ids, labels = tensors(data, at, args.device)
         values, _ = sum_answers(objective(ids, labels), labels)
         logps[at] += values * (share > 0)

@@ -2,20 +2,24 @@
 
 from transformers import LogitsProcessor
 
+from .models import rope_borders
+
 
 def generation_batches(model, prompts, room, batch_size):
     """Index lists of prompts of equal room and like length (all wait while the longest is read).
 
-    Of equal length where the generation_config looks back, which would take the padding for text.
+    Of equal length where the generation_config looks back, which would take the padding for text,
+    and where one may cross a border of its rotary tables, which a shorter one would reach later.
     """
     looks_back = any(getattr(model.generation_config, name, None) not in (None, 0, 1)
                      for name in ("repetition_penalty", "no_repeat_ngram_size", "min_length",
                                   "bad_words_ids", "sequence_bias"))
-    spare = 0 if looks_back else 32
-    batches = []
+    borders, batches = rope_borders(model), []
     for i in sorted(range(len(prompts)), key=lambda i: (room[i], len(prompts[i]))):
         first = batches[-1][0] if batches else i
-        apart = room[i] != room[first] or len(prompts[i]) - len(prompts[first]) > spare
+        length = len(prompts[i])
+        alike = looks_back or any(length + room[i] > border for border in borders)
+        apart = room[i] != room[first] or length - len(prompts[first]) > (0 if alike else 32)
         if room[i] > 0 and (not batches or apart or len(batches[-1]) == batch_size):
             batches.append([])
         if room[i] > 0:

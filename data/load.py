@@ -17,7 +17,7 @@ import torch
 
 from .errors import InputError, naming, require  # noqa: F401  (with the next, what others ask of
 from .models import load_pretrained  # noqa: F401               a file that loads data and models)
-from .records import find, kind_of, read_records, require_fit
+from .records import find, kind_of, read_records, require_fit  # noqa: F401  (find)
 
 IGNORE = -100
 MARK = "\ufdd0"  # stands for any answer; a code point that Unicode keeps out of texts
@@ -175,9 +175,12 @@ def load_examples(path, tokenizer, max_length, prompt=Prompt(), vocab_size=None)
     `vocab_size`: how many embeddings the model has; len(tokenizer) if not given. Raises InputError,
     with file:line, for whatever is wrong with the file.
     """
-    path = find(path)
-    records = read_records(path)
-    kind, where = kind_of(records[0]), [f"{path}:{r['line']}" for r in records]
+    return to_examples(read_records(path), tokenizer, max_length, prompt, vocab_size)
+
+
+def to_examples(records, tokenizer, max_length, prompt=Prompt(), vocab_size=None):
+    """load_examples of records that have been read."""
+    kind, where = kind_of(records[0]), [r["where"] for r in records]
     require(kind != "prompt", f"{where[0]}: prompt and gt are for evaluation, not for training")
     if kind == "question":
         questions, answers = ([r[name] for r in records] for name in ("question", "answer"))
@@ -189,7 +192,7 @@ def load_examples(path, tokenizer, max_length, prompt=Prompt(), vocab_size=None)
         texts = encode(tokenizer, [r["text"] for r in records], front)
         examples = [Example(chunk, 1, place) for ids, place in zip(texts, where)
                     for chunk in chunks(ids, max_length, front)]
-    require(examples, f"{path}:1: the text is shorter than two tokens")
+    require(examples, f"{where[0]}: the text is shorter than two tokens")
     require_fit(examples, "--max-length", max_length, vocab_size or len(tokenizer))
     return examples
 
@@ -204,12 +207,13 @@ def chunks(ids, max_length, front):
 
 # Examples to batches
 
-def length_batches(lengths, max_tokens):
+def length_batches(lengths, max_tokens, borders=()):
     """Index lists over range(len(lengths)), of like length, of at most max_tokens padded tokens
-    (or of one sequence that is longer)."""
+    (or of one sequence that is longer), each on one side of every border (models.rope_borders)."""
     batches, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+        parted = any(width > border >= lengths[i] for border in borders)
+        if not batches or parted or width * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
             width = lengths[i]
         batches[-1].append(i)

@@ -78,6 +78,18 @@ def context_length(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
+def rope_borders(model):
+    """The lengths beyond which the model turns all positions by another table (LongRoPE), which
+    the longest text of a batch decides. Texts of both sides do not belong in one batch.
+
+    "dynamic" tables change beyond the context only, where no text is taken.
+    """
+    tables = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    tables = [tables, *(table for table in tables.values() if isinstance(table, dict))]
+    return [table["original_max_position_embeddings"] for table in tables
+            if table.get("rope_type") == "longrope"]
+
+
 def check_model_folder(path, weights):
     """Raise InputError when a local folder is missing, or should hold safetensors and does not."""
     folder = Path(path)

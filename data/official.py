@@ -18,9 +18,7 @@ OPEN_UNLEARNING = {
     "forget_Q_A_Prob": "forget probability",
     "forget_Q_A_PARA_Prob": "forget paraphrase probability",
     "forget_Q_A_ROUGE": "forget ROUGE-L recall", "forget_truth_ratio": "forget truth ratio",
-    "extraction_strength": "forget extraction strength",
-    "exact_memorization": "forget exact memorization", "privleak": "forget PrivLeak",
-    "retain_extraction_strength": "retain extraction strength"}
+    "exact_memorization": "forget exact memorization", "privleak": "forget PrivLeak"}
 
 
 def official_entry(path, log):
@@ -63,21 +61,26 @@ def open_unlearning_entry(log):
     texts = scores(log.get("forget_Q_A_ROUGE", {}))
     forget = []
     for index, kept in sorted(scores(log.get("forget_truth_ratio", {})).items(), key=by_number):
-        inverse = float(kept["score"])
-        ratio = None if math.isnan(inverse) else 1 / inverse if inverse else math.inf
-        record = {"truth_ratio": ratio}
+        inverse = score_of(kept)
+        ratio = 1 / inverse if inverse else math.inf
+        record = {"truth_ratio": None if inverse is None else ratio}
         if index in members:
-            record["min_40"] = float(members[index]["score"])
+            record["min_k"] = score_of(members[index])
         if "ground_truth" in texts.get(index, {}):
             record["answer"] = texts[index]["ground_truth"]
         forget.append(record)
     values = {"forget": forget}
     if members:
         holdout = by_index(scores(attack["holdout"]))
-        values["holdout"] = [{"min_40": float(kept["score"])} for kept in holdout]
+        values["holdout"] = [{"min_k": score_of(kept)} for kept in holdout]
     rows = {OPEN_UNLEARNING.get(name, name): float(part["agg_value"]) for name, part in log.items()
             if isinstance(part.get("agg_value"), (int, float))}
     return {"settings": None, "values": values, "rows": rows}
+
+
+def score_of(part):
+    """A question's score; None where the log has NaN, which results.read_json gives as None."""
+    return None if part["score"] is None else float(part["score"])
 
 
 def by_number(item):

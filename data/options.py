@@ -193,5 +193,6 @@ def evaluation_options(argv, description):
 
 
 def normal(path):
-    """One spelling of each path that exists; other names, of models on the hub, as they are."""
-    return os.path.normpath(path) if os.path.exists(path) else path
+    """One spelling of each path that exists; other names, of models on the hub, as they are. Its
+    .. stay: after a link they lead elsewhere."""
+    return str(Path(path)) if os.path.exists(path) else path

@@ -114,10 +114,11 @@ def spread(function, model, items, *args):
 
 
 def say(text):
-    """Print what one rank is enough for; nobody needs to be there to read it."""
+    """Print what one rank is enough for, with ? for what stdout cannot show; it may be closed."""
     if speaks_for_all():
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
-            print(text, flush=True)
+            print(text.encode(encoding, "replace").decode(encoding), flush=True)
         except BrokenPipeError:  # as in `python eval.py ... | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

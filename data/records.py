@@ -56,18 +56,19 @@ def retain_beside(forget):
 # From a file to records
 
 def read_records(path, kind=None):
-    """The checked records of a data file, dicts of one kind, each with its number under "line".
+    """The checked records of a data file, dicts of one kind, each with its file:line as "where".
 
     `kind` is the field that they must have, if only one will do: question, text, input_ids, prompt.
     """
     path = find(path)
     text = read_text(path)
     values = [(1, text)] if path.suffix == ".txt" else json_values(path, text)
-    records = [check_record(path, line, value) | {"line": line} for line, value in values]
+    records = [check_record(path, line, value) | {"where": f"{path}:{line}"}
+               for line, value in values]
     require(records, f"{path}:1: the file holds no record")
     kind = kind or kind_of(records[0])
     for record in records:
-        require(kind in record, f"{path}:{record['line']}: a record with {kind_of(record)!r}, "
+        require(kind in record, f"{record['where']}: a record with {kind_of(record)!r}, "
                 f"where {' and '.join(KINDS[kind])} are needed; a file has records of one kind")
     return records
 
@@ -247,7 +248,7 @@ def tofu_records(split, path, limit):
     records = read_records(path, "question")[:limit]
     for record in records if split != "holdout" else ():
         require("perturbed_answer" in record,
-                f"{path}:{record['line']}: no perturbed_answer, which the truth ratio needs")
+                f"{record['where']}: no perturbed_answer, which the truth ratio needs")
     return records
 
 
@@ -257,11 +258,8 @@ MUSE_FILES = {  # with the field that their records have
     "knowmem/retain_qa": "question", "knowmem/retain_qa_icl": "question"}
 
 
-def muse_files(folder):
-    """The paths of a MUSE corpus's evaluation files, all of them sound."""
+def muse_records(folder):
+    """The records of a MUSE corpus's evaluation files: {name: [record]}."""
     require((folder / "verbmem").is_dir(), f"{folder}: no MUSE folder: verbmem, knowmem and "
             "privleak are expected in it; the real ones: python data/download.py")
-    files = {find(folder / name): kind for name, kind in MUSE_FILES.items()}
-    for path, kind in files.items():
-        read_records(path, kind)
-    return list(files)
+    return {name: read_records(folder / name, kind) for name, kind in MUSE_FILES.items()}

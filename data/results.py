@@ -17,12 +17,13 @@ import torch
 import transformers
 
 from . import ranks
-from .errors import Failure, naming, require
+from .errors import Failure, in_short, naming, printable, require
 from .files import check_writable, filling, owned
 from .models import fingerprint, load_skeleton
 from .official import official_entry
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFINITIONS = 2  # what was measured before a metric was defined otherwise is measured again
 
 
 class Evaluation(NamedTuple):
@@ -93,8 +94,8 @@ def run(argument, asked, options):
         path = home(argument)
         try:
             save(path, argument, asked.key, entry)
-        except OSError as e:
-            options.unsaved = (f"{path}: cannot be written: {e.strerror}; the results are only "
+        except (OSError, ValueError) as e:  # no room, or what others have put there meanwhile
+            options.unsaved = (f"{path}: cannot be written: {in_short(e)}; the results are only "
                                "printed")
     ranks.barrier()
     return entry
@@ -118,10 +119,15 @@ def relative(path):
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def settings(options, names, paths):
-    """What determines the values: these options, and the content of these data files."""
-    digests = {relative(p): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in paths}
-    return {**{name: getattr(options, name) for name in names.split()}, "data": digests}
+def settings(options, names, data):
+    """What determines the values: these options, and the records {name: [record]}."""
+    def digest(records):
+        content = [{**record, "where": None} for record in records]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    return {**{name: getattr(options, name) for name in names.split()},
+            "data": {name: digest(records) for name, records in data.items()},
+            "definitions": DEFINITIONS}
 
 
 def require_files(arguments):
@@ -135,9 +141,10 @@ def require_files(arguments):
 # Reading files
 
 def read_json(path):
+    """What a file of results holds. NaN and Infinity, which are not JSON, are no value: None."""
     with naming(path, "cannot be read as JSON"):
         require(path.is_file(), f"{path}: not a file; move it away")  # a pipe would be waited for
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     ours = path.name == "eval.json" or isinstance(value, dict) and "evaluations" in value
     sound = isinstance(value, dict) and (not ours or isinstance(value.get("evaluations"), dict))
     require(sound, f"{path}: not an evaluation written by eval.py; move it away")
@@ -203,7 +210,7 @@ def attempt(function, *args):
 
 
 def finite(x):
-    return x if math.isfinite(x) else None
+    return x if x is not None and math.isfinite(x) else None
 
 
 # The table
@@ -218,9 +225,9 @@ def show(columns, entries, options):
 def format_table(columns, markdown):
     """{model: {row: number or reason}} -> text: a row a metric, a column a model, a footnote for
     each reason."""
-    notes, lines = [], [["", *columns]]
+    notes, lines = [], [["", *map(printable, columns)]]
     for row in dict.fromkeys(row for metrics in columns.values() for row in metrics):
-        line = [row]
+        line = [printable(row)]
         for metrics in columns.values():
             value = metrics.get(row, "not measured")
             if isinstance(value, str) and value not in notes:
@@ -228,6 +235,8 @@ def format_table(columns, markdown):
             line.append(f"- [{notes.index(value) + 1}]" if isinstance(value, str)
                         else format_number(row, value))
         lines.append(line)
+    if markdown:
+        lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
     for first, *cells in lines:
@@ -238,7 +247,7 @@ def format_table(columns, markdown):
     if notes:
         texts.append("")
     for number, note in enumerate(notes, 1):
-        texts.append(f"[{number}] {note}" + ("  " if markdown else ""))  # a line break
+        texts.append(f"[{number}] {printable(note)}" + ("  " if markdown else ""))  # a line break
     return "\n".join(texts)
 
 
@@ -253,7 +262,7 @@ def count_records(columns, entries):
     models = {}
     for title, entry in zip(columns, entries.values()):
         counts = (f"{split} {len(records)}" for split, records in entry["values"].items())
-        models.setdefault(", ".join(counts), []).append(title)
+        models.setdefault(printable(", ".join(counts)), []).append(printable(title))
     return "\n".join(f"Records{' of ' + ', '.join(titles) if len(models) > 1 else ''}: {counts}"
                      for counts, titles in models.items())
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 from data import builtin, make_mini, ranks, results  # noqa: E402
 from data.options import evaluation_options  # noqa: E402
+from data.records import tofu_records  # noqa: E402
 
 
 @torch.inference_mode()
@@ -64,12 +65,8 @@ def main():
     if not args.model:
         builtin.make(Path("runs", "target"))
     argument = args.model or "runs/target"
-    def options_of(*flags):
-        options = evaluation_options([argument, *flags], None)
-        options.device = ranks.start(options.device)
-        return options
-
-    options = options_of("--limit", str(args.questions))
+    options = evaluation_options([argument, "--limit", str(args.questions)], None)
+    options.device = ranks.start(options.device)
     inventor = make_mini.Inventor(seed=1)
     people = math.ceil(args.questions / len(make_mini.FACTS))
     facts = make_mini.flat(inventor.person() for _ in range(people))
@@ -79,10 +76,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "full_perturbed.jsonl")
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
-        warm_up = options_of("--limit", "8")
-        evaluation.evaluate_tofu(model, tokenizer, {"forget": path}, warm_up)
+        asked = {"forget": tofu_records("forget", path, options.limit)}
+        evaluation.evaluate_tofu(model, tokenizer, {"forget": asked["forget"][:8]}, options)
         values, fast = timed(lambda: evaluation.evaluate_tofu(
-            model, tokenizer, {"forget": path}, options)["forget"])
+            model, tokenizer, asked, options)["forget"])
     _, table = timed(lambda: results.format_table(
         {"model": evaluation.tofu_metrics({"forget": values}, None)}, False))
     plain, slow = timed(straightforward, model, tokenizer, records, options.max_new_tokens)

@@ -21,15 +21,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import train
 from data import runs
 
 
-def write_model(folder, seed=0, **changes):
-    """A tiny random Llama with a tokenizer of single bytes; </s> is common enough that many
-    answers end."""
+def write_model(folder, seed=0, family=LlamaConfig, **changes):
+    """A tiny random model, a Llama, with a tokenizer of single bytes; </s> is common enough that
+    many answers end."""
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +37,7 @@ def write_model(folder, seed=0, **changes):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**dict(
+    model = AutoModelForCausalLM.from_config(family(**{**dict(
         vocab_size=len(alphabet), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         initializer_range=0.3, bos_token_id=0, eos_token_id=1), **changes}))

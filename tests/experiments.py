@@ -43,6 +43,7 @@ import train  # noqa: E402
 from data import make_markov, make_mini, ranks, results  # noqa: E402
 from data.load import collate, find, load_examples, load_pretrained, read_records  # noqa: E402
 from data.options import evaluation_options  # noqa: E402
+from data.records import tofu_records  # noqa: E402
 from simnpo import answer_logps, answer_mask  # noqa: E402
 
 RUNS = Path("runs", "experiments")
@@ -923,8 +924,9 @@ def relearn_tofu(output, start, reference, forget):
         [str(output), "--forget", str(forget), *EVAL_TOFU[:-1], "1"], None)  # no texts needed
     model, tokenizer = load_pretrained(output, torch.bfloat16)
     model.to(ranks.start(options.device))
-    files = {"forget": find(forget.with_name(f"{forget.name}_perturbed"))}
-    after = evaluation.evaluate_tofu(model, tokenizer, files, options)["forget"]
+    path = forget.with_name(f"{forget.name}_perturbed")
+    data = {"forget": tofu_records("forget", path, options.limit)}
+    after = evaluation.evaluate_tofu(model, tokenizer, data, options)["forget"]
     qualities, probabilities = zip(*(rest_of(values, values_of(reference, forget), learnt)
                                      for values in (values_of(start, forget), after)))
     return *qualities, *probabilities

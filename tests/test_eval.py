@@ -1,13 +1,16 @@
 """eval.py from end to end on tiny models built here: scores, texts, rows, saved results, references
 that do not belong, MUSE, KL, ranks, errors."""
 
+import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from conftest import ROOT, write_lines, write_model, write_muse, write_tofu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig,
+                          LlamaForCausalLM, Phi3Config)
 
 import eval as evaluation
+import train
 from data import builtin
 from data.load import Example
 from data.official import TOFU_LOGS
@@ -235,6 +240,53 @@ def test_generation_stops_at_the_end_of_the_context(tmp_path):
     assert [x and len(x) for x in new] == [21, None, None, 4]
 
 
+# Models whose rotary tables change with the longest text of a batch
+
+BORDER = 40
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 4.0, 7.0, 10.0], "original_max_position_embeddings": BORDER}
+ROPES = {
+    "longrope": (LlamaConfig, dict(rope_parameters=LONG)),
+    "phi3": (Phi3Config, dict(  # which computes its cache anew at the border
+        rope_parameters=LONG, original_max_position_embeddings=BORDER, pad_token_id=1)),
+    "gemma3": (Gemma3TextConfig, dict(  # a table for each kind of layer
+        head_dim=8, layer_types=["sliding_attention", "full_attention"], rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": LONG})),
+    "dynamic": (LlamaConfig, dict(max_position_embeddings=BORDER + 80, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}))}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_texts_values_do_not_depend_on_its_neighbours(kind, tmp_path):
+    """In scoring, training and generation: as transformers has them for one text alone."""
+    family, changes = ROPES[kind]
+    folder = write_model(tmp_path / "m", family=family, **changes)
+    model, tokenizer = evaluation.load(folder, SimpleNamespace(dtype="fp32", device="cpu"))
+    alone = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(1)
+    examples = [Example(torch.randint(2, 250, (n,)).tolist(), 3)
+                for n in (20, BORDER - 1, BORDER, BORDER + 1, 60, BORDER + 80)]
+    wanted = []
+    for e in examples:
+        with torch.no_grad():
+            logps = alone(torch.tensor([e.input_ids])).logits[0, :-1].double().log_softmax(-1)
+        wanted.append(logps.gather(1, torch.tensor(e.input_ids[1:])[:, None])[2:, 0])
+    sums = torch.stack([logps.sum() for logps in wanted]).float()
+    for max_tokens in (1, 10**6):
+        for (logps, _), want in zip(evaluation.score_answers(model, examples, max_tokens), wanted):
+            assert torch.allclose(logps.double(), want, atol=1e-4)
+        args = SimpleNamespace(device="cpu", max_tokens=max_tokens)
+        assert torch.allclose(train.score(train.Objective(model), examples, args), sums, atol=1e-2)
+    for net in (model.eval(), alone):
+        net.get_output_embeddings().weight.data[1] = 0  # logit 0: never the largest, so no end
+    prompts = some_prompts()
+    new = [continuation(alone, prompt, 20) for prompt in prompts]
+    for batch_size in (1, 64):
+        assert evaluation.generate(model, prompts, tokenizer, 20, batch_size) == new
+    assert {len(text) for text in new} == {20}  # so that some go over the border
+
+
 CHAT = ("{% if date_string %}Today: {{ date_string }}{% endif %}{% for m in messages %}"
         "{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}")
@@ -305,7 +357,7 @@ def test_every_row_against_one_text_at_a_time(pair, tofu):
                    "ROUGE-L recall": scorer.score(r["answer"], text)["rougeL"].recall,
                    "truth ratio": of_forget if split == "forget05" else max(0, 1 - 1 / ratio)}
             if people:
-                row |= {"knowledge score": para / (para + sum(false)),
+                row |= {"knowledge score": ratio / (1 + ratio),
                         "exact memorization": sum(right) / len(right),
                         "extraction strength": tail_of(right) / len(right)}
             if split == "forget05":
@@ -322,7 +374,8 @@ def test_every_row_against_one_text_at_a_time(pair, tofu):
         scores, member = [], []
         for name in ("forget05_perturbed", "holdout05"):
             for r in read_lines(Path(tofu).with_name(f"{name}.jsonl")):
-                logps = token_logps(known, asked(r), " " + r["answer"])[0].sort().values
+                logps = token_logps(known, asked(r), " " + r["answer"])[0][:-1]  # no EOS
+                logps = logps.sort().values
                 scores.append(-logps[:max(1, int(0.4 * len(logps)))].mean().item())
                 member.append(name != "holdout05")
         aucs.append(roc_auc_score(member, scores))
@@ -494,6 +547,97 @@ def test_a_hub_name_whose_branch_moves(tofu, tmp_path):
     assert ended.returncode == 2 and "start was aaa, is bbb" in ended.stderr
 
 
+def test_results_of_other_definitions_are_measured_again(pair, tofu, tmp_path, capsys):
+    model = write_model(tmp_path / "m", seed=3)
+    flags = ["--forget", tofu, "--max-new-tokens", 5]
+    run(model, *flags)
+    path = Path(model, "eval.json")
+    saved, right = json.loads(path.read_text()), numbers(model)
+    entry, = saved["evaluations"].values()
+    del entry["settings"]["definitions"]
+    for record in [*entry["values"]["forget"], *entry["values"]["holdout"]]:
+        record["min_40"] = record.pop("min_k") + 1  # with the end token, as it was
+    write_json(path, saved)
+    write_json(tmp_path / "old.json", saved)
+    capsys.readouterr()
+    assert run(model, *flags) == 0
+    assert numbers(model) == right
+    capsys.readouterr()
+    assert run(tmp_path / "old.json") == 0  # a file is only read: what is not sure is not shown
+    assert cells(capsys, "forget/holdout AUC") == ["-[2]"]
+
+
+def test_nan_in_eval_json_costs_nothing(tofu, tmp_path, capsys):
+    """Other programs write it; it is no JSON and stands for no value."""
+    model = write_model(tmp_path / "m")
+    path = Path(model, "eval.json")
+    path.write_text('{"model": "m", "evaluations": {"tofu x": {"values": {"forget": [NaN]}}}}')
+    for force in ([], ["--force"]):
+        assert run(model, "--forget", tofu, "--max-new-tokens", 5, *force) == 0
+        saved = json.loads(path.read_text(), parse_constant=pytest.fail)["evaluations"]
+        assert saved["tofu x"] == {"values": {"forget": [None]}} and len(saved) == 2
+        path.write_text(path.read_text().replace("null", "-Infinity"))
+
+
+@pytest.mark.parametrize("junk", ["{", "[1]", '{"evaluations": {"a": 1e999}}', '{"accuracy": 1}'])
+def test_junk_that_comes_meanwhile_loses_no_results(junk, tofu, tmp_path, capsys, monkeypatch):
+    """They are printed; then the error says that they are not kept. What came is left alone."""
+    model = write_model(tmp_path / "m")
+    measure = evaluation.evaluate_tofu
+
+    def meanwhile(*args):
+        Path(model, "eval.json").write_text(junk)
+        return measure(*args)
+
+    monkeypatch.setattr(evaluation, "evaluate_tofu", meanwhile)
+    assert run(model, "--forget", tofu, "--max-new-tokens", 5) == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"model utility +0\.\d+", out)
+    assert err.count("\n") == 1 and err.startswith(f"error: {model}/eval.json: cannot be written")
+    assert Path(model, "eval.json").read_text() == junk
+
+
+@pytest.mark.parametrize("mode", ["forget", "muse"])
+def test_all_models_are_asked_what_was_read_once(mode, tmp_path, monkeypatch):
+    """Even if a file is edited before the first is opened."""
+    data = Path((write_tofu if mode == "forget" else write_muse)(tmp_path / "data"))
+    load = evaluation.load
+
+    def edited(*args):
+        for path in filter(Path.is_file, (tmp_path / "data").rglob("*")):
+            path.write_text(re.sub("number|How many", "which", path.read_text()))
+        return load(*args)
+
+    monkeypatch.setattr(evaluation, "load", edited)
+    models = [write_model(tmp_path / name) for name in "ab"]
+    assert run(*models, f"--{mode}", data, *["--max-new-tokens", 5] * (mode == "forget")) == 0
+    first, second = (numbers(model, mode.replace("forget", "tofu")) for model in models)
+    assert first == second and "which" not in json.dumps(first)
+    assert ("number" if mode == "forget" else "How many") in json.dumps(first)
+
+
+def test_dots_after_a_link_lead_where_the_system_says(tofu, tmp_path, capsys):
+    write_model(tmp_path / "far" / "m", seed=1)
+    write_model(tmp_path / "m", seed=2)
+    (tmp_path / "far" / "below").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "below")
+    assert run("link/../m/", "--forget", tofu, "--max-new-tokens", 5) == 0
+    assert (tmp_path / "far" / "m" / "eval.json").exists()
+    assert not (tmp_path / "m" / "eval.json").exists()
+
+
+def test_what_stdout_cannot_show_is_a_question_mark(pair, tofu, tmp_path, monkeypatch):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    shutil.copy(Path(pair[0], "eval.json"), tmp_path / "\u00e9t\u00e9\udcff.json")
+    for encoding, name in (("ascii", b"?t??"), ("utf-8", "\u00e9t\u00e9?".encode())):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run(tmp_path / "\u00e9t\u00e9\udcff.json", "--forget", tofu) == 0
+        assert out.buffer.getvalue().splitlines()[0].strip() == name
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(tmp_path / "\u00e9t\u00e9\udcff.json", "--forget", tofu) == 0
+
+
 def test_saved_file_is_strict_json_with_everything(pair, tofu):
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5, "--force")
     saved = json.loads(Path(pair[0], "eval.json").read_text(), parse_constant=pytest.fail)
@@ -533,8 +677,8 @@ def open_unlearning(values, metrics):
         "forget_Q_A_ROUGE": {"agg_value": metrics["forget ROUGE-L recall"],
                              "value_by_index": by_index(forget, "answer", "ground_truth")},
         "mia_min_k": {"agg_value": 1 - metrics["forget/holdout AUC"],
-                      "forget": {"value_by_index": by_index(forget, "min_40", "score")},
-                      "holdout": {"value_by_index": by_index(holdout, "min_40", "score")}},
+                      "forget": {"value_by_index": by_index(forget, "min_k", "score")},
+                      "holdout": {"value_by_index": by_index(holdout, "min_k", "score")}},
         "forget_Q_A_Prob": {"agg_value": metrics["forget probability"]},
         "retain_Truth_Ratio": {"agg_value": metrics["retain truth ratio"]},
         "extraction_strength": {"agg_value": metrics["forget extraction strength"]},
@@ -596,8 +740,9 @@ def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, 
     shown = dict(re.findall(r"^(\S.*?\S)  +(-?[\d.e-]+)$", out, re.MULTILINE))
     want = {name: metrics[name] for name in (
         "forget truth ratio", "forget ROUGE-L recall", "forget probability", "retain truth ratio",
-        "forget extraction strength", "model utility", "forget/holdout AUC")}
-    want |= {"forget quality (KS p)": 0.25, "forget PrivLeak": -12.5, "mia_loss": 0.75,
+        "model utility", "forget/holdout AUC")}
+    want |= {"extraction_strength": metrics["forget extraction strength"],  # theirs is another
+             "forget quality (KS p)": 0.25, "forget PrivLeak": -12.5, "mia_loss": 0.75,
              "mia_min_k": 1 - metrics["forget/holdout AUC"]}
     assert shown.keys() == want.keys()
     assert {name: float(x) for name, x in shown.items()} == pytest.approx(want, abs=1e-6)
@@ -607,6 +752,19 @@ def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, 
     out = capsys.readouterr().out
     assert re.search(r"forget quality \(KS p\) +1.000000 +1.000000", out)
     assert re.search(r"mia_loss +- \[\d\] +0.750000", out)
+
+
+def test_nan_scores_of_an_open_unlearning_log_are_a_footnote(pair, tofu, tmp_path, capsys):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    values = numbers(pair[0])
+    log = open_unlearning(values, evaluation.tofu_metrics(values, None))
+    log["mia_min_k"]["holdout"]["value_by_index"]["3"]["score"] = math.nan
+    log["forget_truth_ratio"]["value_by_index"]["4"]["score"] = math.nan
+    path = write_json(tmp_path / "TOFU_EVAL.json", log)
+    for row in ("forget/holdout AUC", "forget quality (KS D)"):
+        capsys.readouterr()
+        assert run(path, "--reference", pair[0] + "/eval.json", "--forget", tofu) == 0
+        assert cells(capsys, row)[-1].startswith("-["), row
 
 
 # References that do not belong

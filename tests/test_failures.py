@@ -339,8 +339,6 @@ BAD_RESULTS = {
     "list_values.json": {"evaluations": {"tofu x": {"values": [1]}}},
     "text_ratio.json": {"evaluations": {"tofu x": {"values": {
         **VALUES, "forget": [{"truth_ratio": "high"}]}}}},
-    "nan_ratio.json": {"evaluations": {"tofu x": {"values": {
-        **VALUES, "forget": [{"truth_ratio": math.nan}]}}}},
     "log.json": {"eval_log_forget.json": {"avg_gt_loss": [1.0]}},
     "open.json": {"forget_truth_ratio": {"value_by_index": [1]}},
     "open_text.json": {"forget_truth_ratio": {"value_by_index": {"0": {"score": "x"}}}},

@@ -490,7 +490,8 @@ FORMATS = {  # name: text, lines of its records
 def test_formats_of_questions(name, tmp_path):
     text, lines = FORMATS[name]
     records = read_records(write(tmp_path, name, text))
-    assert records == [{**r, "line": line} for r, line in zip(QA, lines)]
+    where = [f"{tmp_path / name}:{line}" for line in lines]
+    assert records == [{**r, "where": place} for r, place in zip(QA, where)]
 
 
 def test_texts_and_strings(tmp_path):
@@ -503,8 +504,9 @@ def test_texts_and_strings(tmp_path):
 
 def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
     text = '{"text": "a\u2028b\\u000bc\x85d"}\n{"text": "e"}'
-    records = read_records(write(tmp_path, "a.jsonl", text))
-    assert records == [{"text": "a\u2028b\x0bc\x85d", "line": 1}, {"text": "e", "line": 2}]
+    path = write(tmp_path, "a.jsonl", text)
+    assert read_records(path) == [{"text": "a\u2028b\x0bc\x85d", "where": f"{path}:1"},
+                                  {"text": "e", "where": f"{path}:2"}]
 
 
 def test_null_is_absent(tmp_path):
@@ -512,7 +514,7 @@ def test_null_is_absent(tmp_path):
     record = {"question": "Who?", "answer": "He.", "text": None, "labels": None, "messages": None,
               "paraphrased_answer": None, "perturbed_answer": None}
     path = write(tmp_path, "a.jsonl", json.dumps(record))
-    assert read_records(path) == [{"question": "Who?", "answer": "He.", "line": 1}]
+    assert read_records(path) == [{"question": "Who?", "answer": "He.", "where": f"{path}:1"}]
     with pytest.raises(InputError, match=r"a\.jsonl:1: answer is missing"):
         read_records(write(tmp_path, "a.jsonl", '{"question": "Who?", "answer": null}'))
 

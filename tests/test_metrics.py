@@ -240,7 +240,9 @@ def test_values_of_one_question():
     values = evaluation.tofu_values("forget", 1.0, 1.5, [2.0, 3.0])
     assert values["probability"] == pytest.approx(true)
     assert values["paraphrased_probability"] == pytest.approx(said)
-    assert values["knowledge"] == pytest.approx(said / (said + first + second))
+    assert values["knowledge"] == pytest.approx(said / (said + math.sqrt(first * second)))
+    ratio = values["truth_ratio"]
+    assert values["knowledge"] == pytest.approx(ratio / (1 + ratio))
     assert values["truth_ratio"] == pytest.approx(said / math.sqrt(first * second))
     tiny = evaluation.tofu_values("world_facts", 2000.0, 2000.0, [2000.0])
     assert tiny["probability"] == tiny["knowledge"] == pytest.approx(0.5)
@@ -250,7 +252,25 @@ def test_values_of_one_question():
                                           "truth_ratio")} == {None}
 
 
+def test_values_kept_from_before_are_computed_anew():
+    """Their knowledge score had another definition. A number without value stays without one."""
+    kept = {"nll": 1.0, "paraphrased_nll": 1.5, "perturbed_nll": [2.0, 3.0], "knowledge": 0.7}
+    lost = {**kept, "nll": None}
+    values = evaluation.complete_tofu({"forget": [kept, lost]})["forget"]
+    ratio = math.exp(2.5 - 1.5)
+    assert values[0]["knowledge"] == pytest.approx(ratio / (1 + ratio))
+    assert values[1]["knowledge"] is None
+
+
 # The table
+
+def test_names_of_files_cannot_break_the_table():
+    columns = {"a|b\x1b[31m\n": {"x|y": 1.0, "z": "no | here\x07"}}
+    head, line, *rows, _, note = format_table(columns, markdown=True).splitlines()
+    assert (head.split(), line) == (["|", "|", r"a\|b?[31m", "|"], "| --- | ---: |")
+    assert rows[0].startswith(r"| x\|y |") and note == r"[1] no | here?  "
+    assert format_table(columns, markdown=False).splitlines()[0].strip() == "a|b?[31m"
+
 
 def test_reasons_become_footnotes():
     values = {"forget": [{"x": 1.0}, {"x": None}], "holdout": []}
@@ -301,7 +321,7 @@ def test_rows_of_the_forget_set_of_official_logs(name):
                                          "average_perturb_loss")))
     ratio = said / false.prod(1) ** (1 / false.shape[1])
     want = {"probability": true.mean(), "paraphrase probability": said.mean(),
-            "knowledge score": (said / (said + false.sum(1))).mean(),
+            "knowledge score": (ratio / (1 + ratio)).mean(),
             "truth ratio": numpy.minimum(ratio, 1 / ratio).mean()}
     metrics = evaluation.tofu_metrics(log_values(name), None)
     for row, value in want.items():

@@ -14,7 +14,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import RECORDS, free_port, log, stop_after, weights, write_data
+from conftest import (RECORDS, free_port, log, stop_after, weights, write_data, write_lines,
+                      write_model)
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -164,9 +165,11 @@ def test_splits_agree_in_fp32():
 lengths_ = st.lists(st.integers(2, 40), min_size=1, max_size=30)
 
 
-@given(lengths_, st.integers(1, 5), st.integers(1, 100), st.randoms())
-def test_micro_batches_of_all_ranks_are_the_step(lengths, world, max_tokens, rng):
-    """Each index once, a mean's share each; all ranks get equally many, fillers without weight."""
+@given(lengths_, st.integers(1, 5), st.integers(1, 100), st.lists(st.integers(1, 45), max_size=2),
+       st.randoms())
+def test_micro_batches_of_all_ranks_are_the_step(lengths, world, max_tokens, borders, rng):
+    """Each index once, a mean's share each; all ranks get equally many, fillers without weight.
+    No batch has texts of both sides of a border."""
     data = [Example([2] * n, 1) for n in lengths]
     at = [rng.randrange(len(data)) for _ in range(rng.randint(1, 20))]  # a stream may repeat
     plans = []
@@ -174,13 +177,14 @@ def test_micro_batches_of_all_ranks_are_the_step(lengths, world, max_tokens, rng
         patch.setattr(ranks, "world", lambda: world)
         for rank in range(world):
             patch.setattr(ranks, "rank", lambda: rank)
-            plans.append(train.micro_batches(data, at, max_tokens))
+            plans.append(train.micro_batches(data, at, max_tokens, borders))
     assert len({len(plan) for plan in plans}) == 1
     counted = [(i, share) for plan in plans for batch, share in plan for i in batch if share]
     assert Counter(i for i, _ in counted) == Counter(at)
     assert {share for _, share in counted} == {world / len(at)}  # FSDP takes the mean over ranks
     for batch, _ in (b for plan in plans for b in plan):
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+        assert all(len({lengths[i] > border for i in batch}) == 1 for border in borders)
 
 
 def test_checkpointing_gives_the_same_gradient():
@@ -464,6 +468,26 @@ def test_micro_batches_and_checkpointing_change_nothing(world, tmp_path):
             {k: v for k, v in y.items() if k != "tokens_per_s"}, rel=1e-4)
     same = weights(tmp_path / "plain")
     assert_close(weights(tmp_path / "split"), same, 1e-5)
+
+
+def test_micro_batches_change_nothing_for_long_rope_either(tmp_path):
+    """Its rotary table depends on the longest text of a batch."""
+    model = write_model(tmp_path / "m", rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 3.0, 5.0, 7.0], "original_max_position_embeddings": 12})
+    for seed, name in enumerate(("forget", "retain")):
+        torch.manual_seed(seed)
+        write_lines(tmp_path / f"{name}.jsonl", [
+            {"input_ids": torch.randint(2, 250, (n,)).tolist()} for n in range(6, 18)])
+    for output, size in (("plain", "1000"), ("split", "1")):
+        assert train.main([
+            "--model", model, "--forget", str(tmp_path / "forget"), "--retain",
+            str(tmp_path / "retain"), "--loss", "npo", "--epochs", "3", "--max-tokens", size,
+            "--output", str(tmp_path / output), "--lr", "1e-3", "--batch-size", "6"]) == 0
+    plain, split = ([{k: v for k, v in x.items() if k != "tokens_per_s"} for x in log(folder)]
+                    for folder in (tmp_path / "plain", tmp_path / "split"))
+    for x, y in zip(plain, split, strict=True):
+        assert x == pytest.approx(y, rel=1e-3)
 
 
 def test_compile(world, tmp_path, monkeypatch):
