@@ -14,7 +14,7 @@ Reading order: metrics, scoring, generation, TOFU, MUSE, KL, from arguments to t
 """
 
 if __name__ == "__main__":
-    from data import startup
+    from data.support import startup
     startup.prepare()
 
 import math
@@ -26,19 +26,19 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from data import builtin, ranks, results
-from data.errors import naming, one_line_errors, require
-from data.generation import Finite, decode, generation_batches
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
                        front_of, length_batches, read_records, to_examples)
-from data.models import (check_generation, context_length, load_pretrained, load_skeleton,
-                         rope_borders, vocabulary)
-from data.official import check_reference
-from data.options import DTYPES, evaluation_options
-from data.porter import stem as porter_stem
-from data.ranks import progress, spread
-from data.records import muse_records, require_fit, tofu_files, tofu_records
-from data.results import Undefined, attempt, column, finite, given, mean
+from data.support import distributed, evaluations, miniature
+from data.support.data_files import muse_records, require_fit, tofu_files, tofu_records
+from data.support.distributed import progress, spread
+from data.support.errors import naming, one_line_errors, require
+from data.support.evaluations import Undefined, attempt, column, finite, given, mean
+from data.support.generation import Finite, decode, generation_batches
+from data.support.models import (check_generation, context_length, load_pretrained,
+                                 load_skeleton, rope_borders, vocabulary)
+from data.support.official_logs import check_reference
+from data.support.options import DTYPES, evaluation_options
+from data.support.porter import stem as porter_stem
 from simnpo import answer_hidden, answer_kl, check_head, chunk_rows, head_logits
 
 
@@ -492,8 +492,8 @@ def kl_metrics(values):
 @one_line_errors
 def main(argv=None):
     options = evaluation_options(argv, __doc__)
-    options.device = ranks.start(options.device)
-    results.show(*table(options), options)
+    options.device = distributed.start(options.device)
+    evaluations.show(*table(options), options)
     return 0
 
 
@@ -502,12 +502,12 @@ def table(options):
     mode = muse if options.muse else kl if options.kl else tofu
     entries, column = mode(options)
     columns = [column(entry) for entry in entries.values()]
-    return dict(zip(results.titles(entries), columns)), entries
+    return dict(zip(evaluations.titles(entries), columns)), entries
 
 
 def load(argument, options):
     """Model and tokenizer on this rank's device, in eval mode, once they are known to be sound."""
-    with ranks.together():
+    with distributed.together():
         model, tokenizer = load_pretrained(argument, DTYPES[options.dtype])
         model.to(options.device).eval()
         with naming(argument):
@@ -520,27 +520,27 @@ def tofu(options):
     """{model: evaluation} for --forget (without it: of files), and what makes a column of one."""
     arguments = [*filter(None, [options.reference]), *options.models]
     if not options.forget:
-        results.require_files(arguments)
-        asked = results.Evaluation("tofu", {}, None, complete_tofu)
+        evaluations.require_files(arguments)
+        asked = evaluations.Evaluation("tofu", {}, None, complete_tofu)
     else:
         forget = find(options.forget)
         data = {split: tofu_records(split, path, options.limit)
                 for split, path in tofu_files(forget).items()}
         names = "template system date limit max_new_tokens dtype"
-        asked = results.Evaluation(
-            f"tofu {results.relative(forget)}", results.settings(options, names, data),
+        asked = evaluations.Evaluation(
+            f"tofu {evaluations.relative(forget)}", evaluations.settings(options, names, data),
             lambda model: evaluate_tofu(*load(model, options), data, options), complete_tofu)
-        if not options.reference and builtin.is_builtin(forget):  # make what to compare with
-            made = builtin.target_and_retrained(forget)
-            results.check([m for m in options.models if m not in made], asked, options)
-            with ranks.together():
+        if not options.reference and miniature.is_builtin(forget):  # make what to compare with
+            made = miniature.target_and_retrained(forget)
+            evaluations.check([m for m in options.models if m not in made], asked, options)
+            with distributed.together():
                 for folder in made:
-                    builtin.make(Path(folder))
+                    miniature.make(Path(folder))
             arguments, options.reference = [*made, *options.models], made[1]
-        known = options.reference and results.saved_entry(options.reference, asked, options)
+        known = options.reference and evaluations.saved_entry(options.reference, asked, options)
         if known:  # refuse a reference that was asked other questions before anything is run
             check_reference({"values": data}, known, options.reference)
-    entries = results.collect(arguments, asked, options)
+    entries = evaluations.collect(arguments, asked, options)
     reference = entries.get(options.reference)
 
     def column(entry):
@@ -572,11 +572,11 @@ def muse(options):
         models += filter(None, [options.reference])
     require(auc is None or 0 < auc <= 1,
             f"--reference {options.reference}: an AUC is above 0 and at most 1")
-    asked = results.Evaluation(
-        f"muse {results.relative(folder)}", results.settings(options, "dtype", data),
+    asked = evaluations.Evaluation(
+        f"muse {evaluations.relative(folder)}", evaluations.settings(options, "dtype", data),
         lambda model: evaluate_muse(*load(model, options), data, options),
         lambda values: muse_metrics(values, None) and values)
-    entries = results.collect(models, asked, options)
+    entries = evaluations.collect(models, asked, options)
     if options.reference in entries:
         auc = attempt(privleak_auc, entries[options.reference]["values"])
     return entries, lambda entry: muse_metrics(entry["values"], auc)
@@ -584,15 +584,15 @@ def muse(options):
 
 def kl(options):
     require(options.reference, "--kl needs --reference: the model to compare with")
-    data = {results.relative(path): read_records(path) for path in map(find, options.kl)}
+    data = {evaluations.relative(path): read_records(path) for path in map(find, options.kl)}
     load_skeleton(options.reference)
-    settings = results.settings(options, "limit dtype", data)
-    asked = results.Evaluation(
+    settings = evaluations.settings(options, "limit dtype", data)
+    asked = evaluations.Evaluation(
         " ".join(["kl", options.reference, *data]),
-        settings | {"reference": results.fingerprint(options.reference)},
+        settings | {"reference": evaluations.fingerprint(options.reference)},
         lambda model: evaluate_kl(*load(model, options), data, options),
         lambda values: kl_metrics(values) and values)
-    entries = results.collect(options.models, asked, options)
+    entries = evaluations.collect(options.models, asked, options)
     return entries, lambda entry: kl_metrics(entry["values"])
 
 

@@ -5,11 +5,11 @@
     torchrun --nproc-per-node 8 train.py --model ... --forget ...    on several GPUs or machines
 
 Reading order: the losses to choose from, the loop (main), the pieces of a step, the model and its
-optimizer, checkpoints. The arguments and their defaults are in data/options.py.
+optimizer, checkpoints. The arguments and their defaults are in data/support/options.py.
 """
 
 if __name__ == "__main__":
-    from data import startup
+    from data.support import startup
     startup.prepare()
 
 import math
@@ -23,14 +23,14 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import GenerationConfig
 
-from data import builtin, ranks, runs
-from data.errors import naming, one_line_errors, require
 from data.load import Prompt, collate, length_batches, load_examples
-from data.models import (check_savable, context_length, load_skeleton, load_start, merged,
-                         model_files, rope_borders, vocabulary)
-from data.optim import MOMENTS, StochasticAdamW
-from data.options import DTYPES, training_options
-from data.records import check_disjoint
+from data.support import distributed, miniature, run_folder
+from data.support.data_files import check_disjoint
+from data.support.errors import naming, one_line_errors, require
+from data.support.models import (check_savable, context_length, load_skeleton, load_start,
+                                 merged, model_files, rope_borders, vocabulary)
+from data.support.optim import MOMENTS, StochasticAdamW
+from data.support.options import DTYPES, training_options
 from simnpo import (answer_token_kl, answer_token_logps, check_head, grad_ascent_loss, npo_loss,
                     simnpo_loss, sum_answers)
 
@@ -73,13 +73,13 @@ class State(NamedTuple):
 def main(argv=None):
     """One run, from arguments to the finished folder. Returns the exit status."""
     args = training_options(argv, LOSSES, __doc__)
-    args.device = ranks.start(args.device)
+    args.device = distributed.start(args.device)
     # Mistakes in the input surface here, before any weight is read. Without --model the built-in
     # start model is made now, if it is missing.
-    with ranks.together():
+    with distributed.together():
         forget, retain = load_data(args)
-        settings = runs.check(args, forget, retain)
-    if runs.is_complete(args.output, settings):
+        settings = run_folder.check(args, forget, retain)
+    if run_folder.is_complete(args.output, settings):
         return 0
     state = build(args)
     borders = rope_borders(state.objective.model)
@@ -92,19 +92,19 @@ def main(argv=None):
     epochs = {epoch * n // batch: epoch for epoch in range(args.epochs + 1)}  # {step: epochs done}
     total = max(epochs)
 
-    with runs.going_on(args, settings, total) as (start, log, caught):
+    with run_folder.going_on(args, settings, total) as (start, log, caught):
         step = load_checkpoint(state, args, start)
         while True:  # here `step` steps are done
             if step in epochs:
                 log(step=step, epoch=epochs[step], **probe(state.objective, forget, retain, args))
-            if step > start and runs.is_due(args.snapshots, step, epochs):
+            if step > start and run_folder.is_due(args.snapshots, step, epochs):
                 save_model(state.objective, args, args.output / f"step-{step:06d}")
-            stop = ranks.any_rank(caught or ranks.orphaned(), args.device)
-            due = step < total and runs.is_due(args.save_every, step, epochs)
+            stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
+            due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
                 save_checkpoint(state, args, step)
             if stop:
-                return runs.stopped(caught, step, total)
+                return run_folder.stopped(caught, step, total)
             if step == total:
                 break
 
@@ -134,13 +134,13 @@ def main(argv=None):
             raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
                                      "fp32")
         save_model(state.objective, args, args.output)
-        runs.tidy(args.output)
+        run_folder.tidy(args.output)
     return 0
 
 
 def load_data(args):
     """The forget and retain Examples, checked."""
-    source = builtin.TOKENIZER if args.mini else args.init or args.model
+    source = miniature.TOKENIZER if args.mini else args.init or args.model
     skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not args.mini))
     check_savable(source, skeleton)
     limit = min(context_length(skeleton), 2**20)
@@ -176,7 +176,7 @@ def micro_batches(data, at, max_tokens, borders=()):
     mean over ranks, where a sum is meant, so a share is world/len(at). Its ranks must make equally
     many passes: those with fewer batches repeat the shortest Example with share 0.
     """
-    rank, world = ranks.rank(), ranks.world()
+    rank, world = distributed.rank(), distributed.world()
     order = sorted(at, key=lambda i: len(data[i].input_ids), reverse=True)
     plans = []
     for part in (order[r::world] for r in range(world)):
@@ -226,8 +226,8 @@ def update(state, losses, lr, args):
         group["lr"] = lr
     scaler.unscale_(optimizer)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    norm = ranks.whole(nn.utils.clip_grad_norm_(trained, args.clip)).item()
-    losses = (ranks.summed(losses) / ranks.world()).tolist()
+    norm = distributed.whole(nn.utils.clip_grad_norm_(trained, args.clip)).item()
+    losses = (distributed.summed(losses) / distributed.world()).tolist()
     finite = math.isfinite(norm) or scaler.is_enabled()
     if not (finite and all(map(math.isfinite, losses))):
         raise FloatingPointError(f"loss {losses}, gradient norm {norm}")
@@ -257,9 +257,9 @@ def score(objective, data, args):
         values, _ = sum_answers(objective(ids, labels), labels)
         logps[at] += values * (share > 0)
     objective.train()
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         objective.reshard()  # without a backward, FSDP leaves the root's parameters gathered
-    return ranks.summed(logps)
+    return distributed.summed(logps)
 
 
 def probe(objective, forget, retain, args, most=100):
@@ -301,7 +301,7 @@ class Objective(nn.Module):
 
 def build(args):
     """Load, adapt and shard the model; optimizer and scaler for it."""
-    with ranks.together():
+    with distributed.together():
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
         model = load_start(args, dtype)
         with naming(args.model or args.init):
@@ -309,7 +309,7 @@ def build(args):
         reference = load_start(args, dtype).requires_grad_(False) if args.kl else None
     mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
     objective = Objective(adapt(model, args), reference, mixed).train()
-    if ranks.world() > 1:
+    if distributed.world() > 1:
         shard(objective)  # layer by layer onto the card: no card holds the whole
     objective.to(args.device)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "fp16")
@@ -365,10 +365,10 @@ def save_checkpoint(state, args, step):
                 yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
 
     about = {"adam_step": steps_taken(state.optimizer), "scaler": state.scaler.state_dict()}
-    whole = ranks.gathered(tensors())
-    if ranks.first():
-        runs.put_checkpoint(args.output, step, whole, about)
-    ranks.barrier()
+    whole = distributed.gathered(tensors())
+    if distributed.first():
+        run_folder.put_checkpoint(args.output, step, whole, about)
+    distributed.barrier()
 
 
 def load_checkpoint(state, args, step):
@@ -377,16 +377,18 @@ def load_checkpoint(state, args, step):
         return step
     shapes = {f"weight.{name}": (p.shape, p.dtype)
               for name, p in state.objective.model.named_parameters()}
-    with ranks.together():  # rank 0 reads and checks, the others get their parts from it
+    with distributed.together():  # rank 0 reads and checks, the others get their parts from it
         saved, about = {}, None
-        if ranks.first():
-            saved, about = runs.get_checkpoint(args.output, step, shapes)
-    about, names = ranks.from_first((about, {*saved}))
+        if distributed.first():
+            saved, about = run_folder.get_checkpoint(args.output, step, shapes)
+    about, names = distributed.from_first((about, {*saved}))
     for name, p in state.objective.model.named_parameters():
         with torch.no_grad():
-            ranks.local(p).copy_(ranks.local(ranks.placed(saved.pop(f"weight.{name}", None), p)))
+            weight = distributed.placed(saved.pop(f"weight.{name}", None), p)
+            distributed.local(p).copy_(distributed.local(weight))
         if f"exp_avg.{name}" in names:
-            moments = {key: ranks.placed(saved.pop(f"{key}.{name}", None), p) for key in MOMENTS}
+            moments = {key: distributed.placed(saved.pop(f"{key}.{name}", None), p)
+                       for key in MOMENTS}
             counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
             count = torch.tensor(float(about["adam_step"]), device=counted_on)
             state.optimizer.state[p] = {"step": count, **moments}
@@ -398,9 +400,9 @@ def load_checkpoint(state, args, step):
 def save_model(objective, args, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
     with merged(objective.model) as (model, tensors):
-        weights = ranks.gathered(tensors)
-    if ranks.first():
-        with runs.filling(folder) as scratch:
+        weights = distributed.gathered(tensors)
+    if distributed.first():
+        with run_folder.filling(folder) as scratch:
             # Of what transformers writes only weights are kept: unlearning changes nothing else.
             model.generation_config = GenerationConfig()  # it may refuse to write the model's own
             model.save_pretrained(scratch, state_dict=weights)
@@ -408,7 +410,7 @@ def save_model(objective, args, folder):
                 written.unlink()
             for file in model_files(args.init or args.model):
                 shutil.copyfile(file, scratch / file.name)
-    ranks.barrier()
+    distributed.barrier()
 
 
 if __name__ == "__main__":

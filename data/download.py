@@ -26,10 +26,10 @@ from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.errors import InputError, naming, one_line_errors, require
-from data.files import filling
-from data.options import Parser
-from data.records import read_records
+from data.support.data_files import read_records
+from data.support.errors import InputError, naming, one_line_errors, require
+from data.support.files import filling
+from data.support.options import Parser
 
 TOFU = {  # file: its number of records
     "full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain99": 3960,

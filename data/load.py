@@ -1,6 +1,6 @@
 """From records to token batches: what a model reads, and which of its tokens carry loss.
 
-    file -> records (data/records.py) -> prompts and answers -> Examples -> batches
+    file -> records (data/support/data_files.py) -> prompts and answers -> Examples -> batches
 
 A data file is JSON lines, a JSON array or plain text (data/README.md). Its records are of one kind:
 
@@ -15,9 +15,9 @@ from itertools import repeat
 
 import torch
 
-from .errors import InputError, naming, require  # noqa: F401  (with the next, what others ask of
-from .models import load_pretrained  # noqa: F401               a file that loads data and models)
-from .records import find, kind_of, read_records, require_fit  # noqa: F401  (find)
+from .support.data_files import find, kind_of, read_records, require_fit  # noqa: F401
+from .support.errors import InputError, naming, require  # noqa: F401
+from .support.models import load_pretrained  # noqa: F401  (what others ask of this file)
 
 IGNORE = -100
 MARK = "\ufdd0"  # stands for any answer; a code point that Unicode keeps out of texts

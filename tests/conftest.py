@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import train
-from data import runs
+from data.support import run_folder
 
 
 def write_model(folder, seed=0, family=LlamaConfig, **changes):
@@ -127,7 +127,7 @@ def in_child(connection, argv, program, interfere):
     end."""
     torch.set_num_threads(1)
     # tqdm's own lock is for several processes, and outlives a killed one.
-    runs.tqdm.set_lock(threading.RLock())
+    run_folder.tqdm.set_lock(threading.RLock())
     load_checkpoint = train.load_checkpoint
     train.load_checkpoint = lambda *args: connection.send("training") or load_checkpoint(*args)
     if interfere:

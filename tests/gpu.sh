@@ -11,14 +11,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
-bench() { python tests/bench.py --device "$device" --steps "${STEPS:-5}" --batch 32 "$@"; }
+bench() { python tests/studies/bench.py --device "$device" --steps "${STEPS:-5}" --batch 32 "$@"; }
 
 case "${1:?usage: tests/gpu.sh tests|1b|7b|smollm2}" in
 tests) TEST_DEVICE=$device python -m pytest -q tests/test_gpu.py ;;
 1b) bench --size "${SIZE:-1B}" --dtype bf16 --micro 8 \
         --variants a,b,c,d,c+checkpointing,c+compile ;;
 7b) bench --size "${SIZE:-7B}" --bf16-weights --variants c+checkpointing ;;
-smollm2) python tests/experiments.py smollm2 --picture tests/figures/smollm2.png \
+smollm2) python tests/studies/experiments.py smollm2 --picture tests/figures/smollm2.png \
         ${MODEL:+--model "$MODEL"} ;;
 *) echo "unknown part: $1" >&2; exit 2 ;;
 esac

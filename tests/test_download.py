@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from data import download
-from data.records import MUSE_FILES, find, read_records
+from data.support.data_files import MUSE_FILES, find, read_records
 
 TOFU = ["forget01", "forget01_perturbed", "forget05", "forget05_perturbed", "forget10",
         "forget10_perturbed", "full", "holdout01", "holdout05", "holdout10",

@@ -23,9 +23,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
 
 import eval as evaluation
 import train
-from data import builtin
 from data.load import Example
-from data.official import TOFU_LOGS
+from data.support import miniature
+from data.support.official_logs import TOFU_LOGS
 
 SHARED = ROOT.parent / "shared"
 
@@ -464,7 +464,7 @@ def test_columns_of_the_builtin_benchmark(pair, tmp_path, capsys, monkeypatch):
     """On the project's own data the target and the retain-only model are made by train.py and
     shown first."""
     write_tofu(tmp_path / "data")
-    monkeypatch.setattr(builtin, "DATA", tmp_path / "data")
+    monkeypatch.setattr(miniature, "DATA", tmp_path / "data")
     made = []
 
     def train(command, **options):
@@ -472,7 +472,7 @@ def test_columns_of_the_builtin_benchmark(pair, tmp_path, capsys, monkeypatch):
         write_model(tmp_path / command[command.index("--output") + 1], seed=len(made))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(builtin.subprocess, "run", train)
+    monkeypatch.setattr(miniature.subprocess, "run", train)
     flags = ["--forget", "data/forget05", "--max-new-tokens", 5]
     assert run(pair[0], *flags) == 0
     assert [(Path(c[1]).name, c[3]) for c in made] == [("full", "runs/target"),

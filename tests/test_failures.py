@@ -31,10 +31,11 @@ from transformers.utils import HF_MODULES_CACHE
 
 import eval as evaluation
 import train
-from data import builtin, make_model, runs
-from data.errors import InputError
+from data import make_model
 from data.load import Example, load_examples
-from data.records import read_records
+from data.support import miniature, run_folder
+from data.support.data_files import read_records
+from data.support.errors import InputError
 
 RUN = ("--model {model} --forget {data}/forget25 --retain {data}/retain75 --output out --lr 1e-3 "
        "--batch-size 2")
@@ -273,7 +274,7 @@ def test_arguments_that_are_missing(argv, culprit, world, tmp_path, capfd):
 ])
 def test_mistakes_are_found_before_the_builtin_model_is_made(options, culprit, world, tmp_path,
                                                              capfd, monkeypatch):
-    monkeypatch.setattr(builtin, "make", None)
+    monkeypatch.setattr(miniature, "make", None)
     Path("bad.jsonl").write_text("{")
     argv = ["--forget", str(ROOT / "data" / "forget01"),
             *shlex.split(options.replace("{tmp}", str(tmp_path)))]
@@ -323,7 +324,7 @@ BAD_EVALUATION = [
 def test_bad_evaluation_arguments(argv, culprit, world, tmp_path, capfd, monkeypatch):
     """They are found before any model is loaded or made."""
     monkeypatch.setattr(evaluation, "load", None)
-    monkeypatch.setattr(builtin, "make", None)
+    monkeypatch.setattr(miniature, "make", None)
     assert_refused(evaluation, words(argv, world), culprit, capfd, tmp_path, world)
 
 
@@ -914,7 +915,7 @@ def assert_out_of_disk(result, output):
     status, err = result
     assert status == 1 and err.startswith(f"error: {output.name}: stopped after step ")
     assert err.count("\n") == 1
-    saved = runs.checkpoints(output)
+    saved = run_folder.checkpoints(output)
     assert (saved[-1].name if saved else "no checkpoint yet") in err
     for path in saved:
         with safe_open(path, "pt") as file:
@@ -969,7 +970,7 @@ def test_a_loss_that_is_not_finite(what, step, named, world, undisturbed, tmp_pa
     status, err = run(words(LONG, world, "--output run"), not_finite, what, step)
     assert status == 1 and err.startswith(f"error: run: not finite after step {named}: ")
     assert err.count("\n") == 1
-    saved = runs.checkpoints(tmp_path / "run")
+    saved = run_folder.checkpoints(tmp_path / "run")
     assert [p.name for p in saved] == [f"checkpoint-{step - 1:08d}.safetensors"] * (step > 1)
     assert (saved[0].name if saved else "no checkpoint yet") in err
     assert run(words(LONG, world, "--output run --resume")) == (0, "")

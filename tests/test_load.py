@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.load import (Example, InputError, Prompt, collate, encode_answers, encode_prompts, find,
                        length_batches, load_examples, read_records)
-from data.records import check_disjoint, require_fit, tofu_files
+from data.support.data_files import check_disjoint, require_fit, tofu_files
 
 CORPUS = ["Question: Who is the author Jaime Vasquez, born on the 25th of February 1958?\nAnswer: "
           "Jaime Vasquez was born in Santiago, Chile, and writes true crime [INST] user assistant "

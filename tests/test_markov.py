@@ -1,4 +1,4 @@
-"""data/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
+"""tests/studies/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
 the code reads them."""
 
 import json
@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from experiments import divergence, state_logps
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
-from data import make_markov
 from data.load import collate, load_examples
-from data.models import load_config, load_tokenizer
-from data.records import check_disjoint
+from data.support.data_files import check_disjoint
+from data.support.models import load_config, load_tokenizer
+from studies import make_markov
+from studies.experiments import divergence, state_logps
 
 FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000,
          "retain_test": 2000, "forget1_test": 1000, "forget2_test": 1000, "forget": 8000}
@@ -76,7 +76,7 @@ def test_frequencies(folder, setting, chain):
 
 
 def test_command_writes_the_same_bytes(folder, tmp_path):
-    script = [sys.executable, ROOT / "data" / "make_markov.py", "--output"]
+    script = [sys.executable, ROOT / "tests" / "studies" / "make_markov.py", "--output"]
     subprocess.run([*script, tmp_path / "again"], check=True)
     assert contents(tmp_path / "again") == contents(folder)
     make_markov.write_all(tmp_path / "other", seed=1)

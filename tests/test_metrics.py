@@ -20,9 +20,9 @@ from scipy.stats import hmean, ks_2samp
 from sklearn.metrics import roc_auc_score
 
 import eval as evaluation
-from data.official import official_entry
-from data.porter import stem
-from data.results import Undefined, attempt, column, format_table
+from data.support.evaluations import Undefined, attempt, column, format_table
+from data.support.official_logs import official_entry
+from data.support.porter import stem
 
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(

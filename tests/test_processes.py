@@ -23,7 +23,7 @@ from conftest import (ROOT, SERVER, end_of, free_port, log, run, start, stop_aft
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from data import builtin, files, ranks, results, runs
+from data.support import distributed, files, miniature, run_folder, evaluations
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")
@@ -107,7 +107,7 @@ def wait_before(name, path):
         Path(path + ".wait").touch()
         wait_until(Path(path).exists)
         return function(*args)
-    setattr(runs, name, waiting)
+    setattr(run_folder, name, waiting)
 
 
 def test_a_second_training_that_comes_when_the_first_is_done(world):
@@ -124,13 +124,13 @@ def test_a_second_training_that_comes_when_the_first_is_done(world):
 
 def slow_reading():
     """Between reading an eval.json and writing it there is time for another process."""
-    read_json = results.read_json
+    read_json = evaluations.read_json
 
     def slow(path):
         value = read_json(path)
         time.sleep(0.2)
         return value
-    results.read_json = slow
+    evaluations.read_json = slow
 
 
 def test_two_evaluations_into_one_file(world):
@@ -156,8 +156,8 @@ sys.exit(train.main())
 
 def quick_builtin(data, program):
     """The built-in models are made by this program, in an epoch, of other data."""
-    builtin.DATA, builtin.TRAIN = Path(data), program
-    builtin.BASE = builtin.FINETUNE = builtin.UNLEARN = {"lr": 1e-3, "epochs": 1}
+    miniature.DATA, miniature.TRAIN = Path(data), program
+    miniature.BASE = miniature.FINETUNE = miniature.UNLEARN = {"lr": 1e-3, "epochs": 1}
 
 
 def test_two_first_commands(world, tmp_path):
@@ -303,7 +303,7 @@ def test_ranks_whose_starter_is_gone(world):
 
 
 def of_another_parent(rank):
-    ranks.PARENT = -1
+    distributed.PARENT = -1
 
 
 def fail_in(rank, who, step, error):
@@ -351,7 +351,7 @@ KILLED = RUN + " --epochs 4"
 def one_killable_rank(connection, argv):
     """Says its id when it begins to train, and "step" in every step."""
     ctypes.CDLL(None).prctl(1, 0)  # torchrun's ranks do not die with it, as these would
-    ranks.PARENT = os.getppid()
+    distributed.PARENT = os.getppid()
     torch.set_num_threads(1)
     load_checkpoint, update = train.load_checkpoint, train.update
     train.load_checkpoint = lambda *a: connection.send(os.getpid()) or load_checkpoint(*a)
@@ -366,7 +366,7 @@ def one_killable_rank(connection, argv):
 
 def leave_with_parent(status):
     """As a program would: this launcher's functions wait for it when they are done."""
-    while not ranks.orphaned():
+    while not distributed.orphaned():
         time.sleep(0.01)
     os._exit(status)
 

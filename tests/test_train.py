@@ -24,9 +24,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
                           LlamaConfig, PreTrainedTokenizerFast)
 
 import train
-from data import ranks, runs
-from data.optim import stochastic_round
 from data.load import Example, collate, find, load_examples
+from data.support import distributed, run_folder
+from data.support.optim import stochastic_round
 from simnpo import answer_logps
 
 LOSSES = [(loss, retain) for loss in ("simnpo", "npo", "ga") for retain in ("nll", "kl", "none")]
@@ -174,9 +174,9 @@ def test_micro_batches_of_all_ranks_are_the_step(lengths, world, max_tokens, bor
     at = [rng.randrange(len(data)) for _ in range(rng.randint(1, 20))]  # a stream may repeat
     plans = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "world", lambda: world)
+        patch.setattr(distributed, "world", lambda: world)
         for rank in range(world):
-            patch.setattr(ranks, "rank", lambda: rank)
+            patch.setattr(distributed, "rank", lambda: rank)
             plans.append(train.micro_batches(data, at, max_tokens, borders))
     assert len({len(plan) for plan in plans}) == 1
     counted = [(i, share) for plan in plans for batch, share in plan for i in batch if share]
@@ -432,7 +432,7 @@ def test_the_next_command_fits_the_data(files, forget, flags, tmp_path):
         (tmp_path / name).touch()
     args = argparse.Namespace(forget=str(tmp_path / forget), template="llama2", system=None,
                               date=None)
-    got = runs.evaluation_flags(args, find(args.forget))
+    got = run_folder.evaluation_flags(args, find(args.forget))
     assert got == [flag.format(tmp_path) for flag in flags]
 
 

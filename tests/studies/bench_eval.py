@@ -1,8 +1,8 @@
 """Speed of the TOFU evaluation: eval.py beside a straightforward version, on 1,000 questions like
 the built-in benchmark's.
 
-    python tests/bench_eval.py                 runs/target, made by train.py if missing
-    python tests/bench_eval.py --model DIR --questions 200
+    python tests/studies/bench_eval.py                 runs/target, made by train.py if missing
+    python tests/studies/bench_eval.py --model DIR --questions 200
 
 Every question has its answer, a paraphrase and four false answers to score, and a continuation to
 generate. The straightforward version takes one example at a time: the logits of all positions,
@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
-from data import builtin, make_mini, ranks, results  # noqa: E402
-from data.options import evaluation_options  # noqa: E402
-from data.records import tofu_records  # noqa: E402
+from data import make_mini  # noqa: E402
+from data.support import distributed, miniature, evaluations  # noqa: E402
+from data.support.data_files import tofu_records  # noqa: E402
+from data.support.options import evaluation_options  # noqa: E402
 
 
 @torch.inference_mode()
@@ -47,7 +48,7 @@ def straightforward(model, tokenizer, records, max_new_tokens):
         new = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False,
                              pad_token_id=tokenizer.pad_token_id)
         new = new[0, prompt.input_ids.shape[1]:]
-        results.append((nlls, tokenizer.decode(new, skip_special_tokens=True)))
+        evaluations.append((nlls, tokenizer.decode(new, skip_special_tokens=True)))
     return results
 
 
@@ -63,10 +64,10 @@ def main():
     parser.add_argument("--questions", type=int, default=1000, help="default 1000")
     args = parser.parse_args()
     if not args.model:
-        builtin.make(Path("runs", "target"))
+        miniature.make(Path("runs", "target"))
     argument = args.model or "runs/target"
     options = evaluation_options([argument, "--limit", str(args.questions)], None)
-    options.device = ranks.start(options.device)
+    options.device = distributed.start(options.device)
     inventor = make_mini.Inventor(seed=1)
     people = math.ceil(args.questions / len(make_mini.FACTS))
     facts = make_mini.flat(inventor.person() for _ in range(people))
@@ -80,7 +81,7 @@ def main():
         evaluation.evaluate_tofu(model, tokenizer, {"forget": asked["forget"][:8]}, options)
         values, fast = timed(lambda: evaluation.evaluate_tofu(
             model, tokenizer, asked, options)["forget"])
-    _, table = timed(lambda: results.format_table(
+    _, table = timed(lambda: evaluations.format_table(
         {"model": evaluation.tofu_metrics({"forget": values}, None)}, False))
     plain, slow = timed(straightforward, model, tokenizer, records, options.max_new_tokens)
     worst = max(abs(a - b) for r, (nlls, _) in zip(values, plain)

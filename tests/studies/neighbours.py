@@ -1,8 +1,8 @@
 """Does what train.py made open in another transformers, with the same logits and tokens?
 
     python -m venv old && old/bin/pip install "torch<2.14" "numpy<2.3" transformers==4.45.2
-    old/bin/python tests/neighbours.py FOLDER old.safetensors         4.45: OpenUnlearning's pin
-    python tests/neighbours.py FOLDER new.safetensors old.safetensors
+    old/bin/python tests/studies/neighbours.py FOLDER old.safetensors         4.45: OpenUnlearning's pin
+    python tests/studies/neighbours.py FOLDER new.safetensors old.safetensors
 
 Needs torch, transformers and safetensors alone, of whatever versions. The last command compares:
 status 0 if tokens and generated texts are the same and the logits differ by less than 1e-5.

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..load import load_examples
+from .data_files import find
+from .distributed import say
 from .errors import InputError, caught_signals, naming, require
 from .files import digest, is_finished, owned
-from .load import load_examples
 from .models import load_tokenizer
-from .ranks import say
-from .records import find
 
-DATA = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parent.parent
 TRAIN = DATA.parent / "train.py"
 TOKENIZER = str(DATA / "mini_model")  # of all the miniature's models
 # Flags that are not given, when --model is left out: what suits a million parameters.

@@ -16,13 +16,13 @@ from typing import Callable, NamedTuple
 import torch
 import transformers
 
-from . import ranks
+from . import distributed
 from .errors import Failure, in_short, naming, printable, require
 from .files import check_writable, filling, owned
 from .models import fingerprint, load_skeleton
-from .official import official_entry
+from .official_logs import official_entry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DEFINITIONS = 2  # what was measured before a metric was defined otherwise is measured again
 
 
@@ -44,14 +44,14 @@ def collect(arguments, asked, options):
     one is run.
     """
     # What the first rank's disk holds counts: others, on other machines, may see another.
-    saved = ranks.from_first(check(arguments, asked, options))
+    saved = distributed.from_first(check(arguments, asked, options))
     return {a: saved[a] or run(a, asked, options) for a in dict.fromkeys(arguments)}
 
 
 def check(arguments, asked, options):
     """{model: its evaluation that need not be made, or None}. InputError, before hours of work, for
     a missing model or results that could not be saved."""
-    with ranks.together():
+    with distributed.together():
         saved = {a: saved_entry(a, asked, options) for a in arguments}
         for argument in (a for a in arguments if not saved[a]):
             load_skeleton(argument)
@@ -87,17 +87,17 @@ def run(argument, asked, options):
     values = asked.measure(argument)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "python": sys.version.split()[0], "device": str(options.device),
-             "ranks": ranks.world(), "batch_size": options.batch_size,
+             "ranks": distributed.world(), "batch_size": options.batch_size,
              "max_tokens": options.max_tokens, "seconds": round(time.time() - began, 1)}
     entry = {"settings": settings, "run": about, "values": values}
-    if ranks.first():
+    if distributed.first():
         path = home(argument)
         try:
             save(path, argument, asked.key, entry)
         except (OSError, ValueError) as e:  # no room, or what others have put there meanwhile
             options.unsaved = (f"{path}: cannot be written: {in_short(e)}; the results are only "
                                "printed")
-    ranks.barrier()
+    distributed.barrier()
     return entry
 
 
@@ -217,7 +217,8 @@ def finite(x):
 
 def show(columns, entries, options):
     """Print the table and how many records it is of; then, if results could not be saved, fail."""
-    ranks.say(format_table(columns, options.markdown) + "\n\n" + count_records(columns, entries))
+    table = format_table(columns, options.markdown)
+    distributed.say(table + "\n\n" + count_records(columns, entries))
     if getattr(options, "unsaved", None):
         raise Failure(options.unsaved)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .ranks import local
+from .distributed import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its count of steps
 

@@ -1,12 +1,12 @@
 """The paper's claims, seen with one's own eyes: each study of RESULTS.md by one command.
 
-    python tests/experiments.py methods      SimNPO, NPO, GradDiff, gradient ascent compared
-    python tests/experiments.py relearn      how fast unlearned models learn it back (after methods)
-    python tests/experiments.py bias         half never learned, half short; gradient weights
-    python tests/experiments.py ingredients  reference and length; beta x gamma; KL (after methods)
-    python tests/experiments.py muse         MUSE in miniature: texts instead of questions
-    python tests/experiments.py markov       mixtures of Markov chains, the paper's synthetic study
-    python tests/experiments.py smollm2      a pretrained model on real TOFU, in some hours
+    python tests/studies/experiments.py methods      SimNPO, NPO, GradDiff, gradient ascent compared
+    python tests/studies/experiments.py relearn      how fast unlearned models learn it back (after methods)
+    python tests/studies/experiments.py bias         half never learned, half short; gradient weights
+    python tests/studies/experiments.py ingredients  reference and length; beta x gamma; KL (after methods)
+    python tests/studies/experiments.py muse         MUSE in miniature: texts instead of questions
+    python tests/studies/experiments.py markov       mixtures of Markov chains, the paper's synthetic study
+    python tests/studies/experiments.py smollm2      a pretrained model on real TOFU, in some hours
 
 Everything is done by train.py and eval.py and kept under runs/experiments; a command that was cut
 off goes on where it stopped. (What is complete is not made again: delete it if you change how it is
@@ -35,15 +35,17 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from data import make_markov, make_mini, ranks, results  # noqa: E402
+from data import make_mini  # noqa: E402
 from data.load import collate, find, load_examples, load_pretrained, read_records  # noqa: E402
-from data.options import evaluation_options  # noqa: E402
-from data.records import tofu_records  # noqa: E402
+from data.support import distributed, evaluations  # noqa: E402
+from data.support.data_files import tofu_records  # noqa: E402
+from data.support.options import evaluation_options  # noqa: E402
+from studies import make_markov  # noqa: E402
 from simnpo import answer_logps, answer_mask  # noqa: E402
 
 RUNS = Path("runs", "experiments")
@@ -92,14 +94,14 @@ def measure(models, forget, reference, *flags):
 def table_of(argv):
     """What eval.py would print: {model: {row: number}}."""
     options = evaluation_options(argv, None)
-    options.device = ranks.start(options.device)
+    options.device = distributed.start(options.device)
     return evaluation.table(options)[0]
 
 
 def values_of(model, forget):
     """The forget set's per-example records of a model that has been measured."""
-    saved = results.read_json(Path(model) / "eval.json")["evaluations"]
-    return saved[f"tofu {results.relative(find(forget))}"]["values"]["forget"]
+    saved = evaluations.read_json(Path(model) / "eval.json")["evaluations"]
+    return saved[f"tofu {evaluations.relative(find(forget))}"]["values"]["forget"]
 
 
 def drop_weights(folder):
@@ -722,7 +724,7 @@ UNLEARN = ("--retain-loss none --forget-weight 1 --epochs 1 --batch-size 4 --lr 
 
 def markov(options):
     """Unlearn without a retain term: the paper's betas, and the best of a grid for each method."""
-    data, stories = ROOT / "data" / "markov", {}
+    data, stories = RUNS / "markov-data", {}
     make_markov.write_all(data)  # the same bytes each time
     for setting in make_markov.SETTINGS:
         folder, home = data / setting, RUNS / "markov" / setting
@@ -923,7 +925,7 @@ def relearn_tofu(output, start, reference, forget):
     options = evaluation_options(
         [str(output), "--forget", str(forget), *EVAL_TOFU[:-1], "1"], None)  # no texts needed
     model, tokenizer = load_pretrained(output, torch.bfloat16)
-    model.to(ranks.start(options.device))
+    model.to(distributed.start(options.device))
     path = forget.with_name(f"{forget.name}_perturbed")
     data = {"forget": tofu_records("forget", path, options.limit)}
     after = evaluation.evaluate_tofu(model, tokenizer, data, options)["forget"]

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from . import builtin, ranks
+from . import distributed, miniature
+from .data_files import find
 from .errors import HELP, Failure, caught_signals, cause, in_short, naming, require
 from .files import (CHECKPOINT, HALF_DONE, check_writable, checkpoints, digest, filling,
                     is_finished, owned)
 from .models import check_model_folder, fingerprint, model_files
-from .records import find
 
 # Arguments that args.json does not hold; those whose content is compared, not their spelling; and
 # those that a resumed run may change. The ranks of one run must have the same of these, too.
@@ -46,21 +46,21 @@ def check(args, forget, retain):
     output, start = args.output, args.init or args.model
     settings = {key: value for key, value in vars(args).items() if key not in UNKEPT}
     settings |= {"forget data": digest(forget), "retain data": digest(retain)}
-    if ranks.first():
+    if distributed.first():
         check_output(output, args.resume)
         compare(output, settings)
         if is_finished(output):
-            files = model_files(builtin.TOKENIZER if args.mini else start)
+            files = model_files(miniature.TOKENIZER if args.mini else start)
             gone = sorted(file.name for file in files if not (output / file.name).exists())
             require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
             if not args.mini:
                 compare(output, settings | {"start": fingerprint(start)})
             return None
     if args.mini:
-        builtin.make(Path(args.model))
+        miniature.make(Path(args.model))
         check_model_folder(start, weights=True)  # its results may have outlived it
     settings["start"] = fingerprint(start)
-    if ranks.first():
+    if distributed.first():
         compare(output, settings)
     return settings
 
@@ -98,14 +98,14 @@ def compare(output, settings):
 
 def is_complete(output, settings):
     """Whether the run is complete. InputError if the ranks do not have the same run before them."""
-    first = ranks.from_first(settings)
+    first = distributed.from_first(settings)
     if first is None:
         tidy(output)
-        ranks.say(f"{output}: this run is complete")
+        distributed.say(f"{output}: this run is complete")
         return True
-    with ranks.together():
+    with distributed.together():
         other = [key for key in settings if key not in PATHS and settings[key] != first[key]]
-        require(not other, f"{output}: rank {ranks.rank()} has another "
+        require(not other, f"{output}: rank {distributed.rank()} has another "
                 f"{', '.join(other).replace('_', '-')} than rank 0; all need the same arguments "
                 "and files")
     return False
@@ -123,8 +123,8 @@ def going_on(args, settings, total):
     """
     output, start = args.output, 0
     with contextlib.ExitStack() as stack:
-        with ranks.together():
-            if ranks.first():
+        with distributed.together():
+            if distributed.first():
                 stack.enter_context(owned(
                     output / LOCK, f"{output}: another process is training into this folder; "
                     "wait for it, or pass another --output"))
@@ -133,10 +133,10 @@ def going_on(args, settings, total):
                 require(not is_finished(output),
                         f"{output}: finished by another process meanwhile")
                 start = newest_step(output, total)
-        start = ranks.from_first(start)
+        start = distributed.from_first(start)
         caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         bar = stack.enter_context(tqdm(total=total, initial=start, desc=str(output), unit="step",
-                                       disable=not ranks.first() or None))
+                                       disable=not distributed.first() or None))
         try:
             with opened_log(args, settings, start, bar) as log:
                 yield start, log, caught
@@ -156,12 +156,12 @@ def opened_log(args, settings, start, bar):
     One's own tracker (wandb, TensorBoard ...) goes into `log`.
     """
     path, began = args.output / "metrics.jsonl", time.time()
-    if ranks.first():
+    if distributed.first():
         write(args.output / "args.json", json.dumps(settings, indent=1) + "\n")
         lines = path.read_text(errors="replace") if path.exists() and start else ""
         kept = (line for line in lines.splitlines(keepends=True) if is_of_steps(line, start))
         write(path, "".join(kept))
-    with open(path if ranks.first() else os.devnull, "a", buffering=1) as file:
+    with open(path if distributed.first() else os.devnull, "a", buffering=1) as file:
         def log(**record):
             record = {key: value if not isinstance(value, float) or math.isfinite(value) else None
                       for key, value in record.items()}  # JSON has no NaN
@@ -172,7 +172,7 @@ def opened_log(args, settings, start, bar):
                 bar.n = record["step"]
                 bar.update(0)
         yield log
-    if ranks.first() and is_finished(args.output):
+    if distributed.first() and is_finished(args.output):
         report(args, time.time() - began)
 
 
@@ -193,7 +193,8 @@ def write(path, text):
 
 def stopped(caught, step, total):
     """Say so, and give the exit status."""
-    ranks.say(f"Stopped after step {step} of {total}; go on with the same command and --resume")
+    distributed.say(f"Stopped after step {step} of {total}; "
+                    "go on with the same command and --resume")
     return 128 + (caught or [signal.SIGTERM])[0]
 
 
@@ -258,7 +259,7 @@ def get_checkpoint(output, step, shapes):
 
 def tidy(output):
     """Remove what only an unfinished run needs, and what one that was killed has left half done."""
-    if ranks.first():
+    if distributed.first():
         for folder in (output, *output.glob("step-*")):
             shutil.rmtree(folder / HALF_DONE, ignore_errors=True)
         for path in (output / LOCK, *filter(Path.is_file, checkpoints(output))):
@@ -272,10 +273,10 @@ def report(args, seconds):
     changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
                for name in ("forget_prob", "retain_prob") if name in probes[0]]
     skipped = sum("skipped" in r for r in records)
-    ranks.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
+    distributed.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
               + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
     if args.forget and (data := evaluation_flags(args, find(args.forget))):
-        ranks.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
+        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
 
 
 def evaluation_flags(args, forget):

@@ -1,11 +1,11 @@
 r"""Speed and memory of one unlearning step: this project beside plain re-statements of what
 others do.
 
-    python tests/bench.py  # a 53M-parameter Llama, synthetic lengths
-    python tests/bench.py --data data/tofu/forget05 data/tofu/retain95  # the same on real sequences
-    python tests/bench.py --size 1B --device cuda --dtype bf16 \
+    python tests/studies/bench.py  # a 53M-parameter Llama, synthetic lengths
+    python tests/studies/bench.py --data data/tofu/forget05 data/tofu/retain95  # the same on real sequences
+    python tests/studies/bench.py --size 1B --device cuda --dtype bf16 \
         --variants a,b,c,d,c+checkpointing,c+compile
-    python tests/bench.py --size 7B --device cuda --bf16-weights --variants c --batch 32
+    python tests/studies/bench.py --size 7B --device cuda --bf16-weights --variants c --batch 32
 
 Variants, all of them the same loss (SimNPO + retain nll), model and data, one round of each after
 the other:
@@ -49,12 +49,12 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data.load import Example, read_records  # noqa: E402
-from data.options import DTYPES  # noqa: E402
+from data.support.options import DTYPES  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "1M": (128, 384, 4, 4, 4, 1024, False),

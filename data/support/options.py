@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from . import builtin
+from . import miniature
+from ..load import Prompt
+from .data_files import find, retain_beside
 from .errors import InputError, require
-from .load import Prompt
-from .records import find, retain_beside
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # the official TOFU recipe
@@ -75,11 +75,11 @@ def training_options(argv, losses, description):
     # the built-in model when --model is left out.
     args.mini = not (args.model or args.init)
     args.kl = bool(args.forget) and args.retain_loss == "kl"
-    recipe = REAL | losses[args.loss].defaults | (builtin.prepare(args) if args.mini else {})
+    recipe = REAL | losses[args.loss].defaults | (miniature.prepare(args) if args.mini else {})
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.mini or args.init == builtin.TOKENIZER:  # so small that many threads mostly wait
+    if args.mini or args.init == miniature.TOKENIZER:  # so small that many threads mostly wait
         torch.set_num_threads(min(4, torch.get_num_threads()))
     cuda = args.device.startswith("cuda")
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"

@@ -1,8 +1,8 @@
 """Write the data of the paper's synthetic study, a mixture of Markov chains, and the small
 untrained GPT-2 for it.
 
-    python data/make_markov.py                        # into data/markov
-    python data/make_markov.py --output DIR --seed 1  # elsewhere, other sequences
+    python tests/studies/make_markov.py                        # into runs/markov-data
+    python tests/studies/make_markov.py --output DIR --seed 1  # elsewhere, other sequences
 
 The study is in Fan et al., arXiv 2410.07163: "Further analyses via a mixture of Markov chains" and
 appendix H. Of ten states three belong to `retain`, three to `forget1`, three to `forget2` and one
@@ -25,12 +25,12 @@ random.Random(seed), of which only random() is used.
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
-if __package__:
-    from .make_model import BOS, EOS, write_json
-else:
-    from make_model import BOS, EOS, write_json
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from data.make_model import BOS, EOS, write_json  # noqa: E402
 
 STATES, FAVOUR, LENGTH = 10, 0.8, 20
 CHAINS = {  # the states that each one favours
@@ -112,9 +112,8 @@ def write_all(folder, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "markov",
-                        metavar="DIR",
-                        help="folder to write to (default: markov, beside this script)")
+    parser.add_argument("--output", type=Path, default=Path("runs", "markov-data"), metavar="DIR",
+                        help="folder to write to (default: runs/markov-data)")
     parser.add_argument("--seed", type=int, default=0,
                         help="another seed draws other sequences (default 0)")
     args = parser.parse_args(argv)
