@@ -27,8 +27,9 @@ from data.load import Prompt, collate, length_batches, load_examples
 from data.support import distributed, miniature, run_folder
 from data.support.data_files import check_disjoint
 from data.support.errors import naming, one_line_errors, require
-from data.support.models import (check_savable, context_length, load_skeleton, load_start,
-                                 merged, model_files, rope_borders, vocabulary)
+from data.support.models import (check_mergeable, check_savable, context_length, load_skeleton,
+                                 load_start, merged, model_files, rope_borders, savable_tensors,
+                                 vocabulary)
 from data.support.optim import MOMENTS, StochasticAdamW
 from data.support.options import DTYPES, training_options
 from simnpo import (answer_token_kl, answer_token_logps, check_head, grad_ascent_loss, npo_loss,
@@ -308,7 +309,10 @@ def build(args):
             check_head(model)
         reference = load_start(args, dtype).requires_grad_(False) if args.kl else None
     mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
-    objective = Objective(adapt(model, args), reference, mixed).train()
+    names = {name: tensor.shape for name, tensor in savable_tensors(model)}
+    model = adapt(model, args)
+    check_mergeable(model, names)
+    objective = Objective(model, reference, mixed).train()
     if distributed.world() > 1:
         shard(objective)  # layer by layer onto the card: no card holds the whole
     objective.to(args.device)
@@ -399,17 +403,19 @@ def load_checkpoint(state, args, step):
 
 def save_model(objective, args, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
-    with merged(objective.model) as (model, tensors):
-        weights = distributed.gathered(tensors)
-    if distributed.first():
-        with run_folder.filling(folder) as scratch:
-            # Of what transformers writes only weights are kept: unlearning changes nothing else.
-            model.generation_config = GenerationConfig()  # it may refuse to write the model's own
-            model.save_pretrained(scratch, state_dict=weights)
-            for written in scratch.glob("*config.json"):
-                written.unlink()
-            for file in model_files(args.init or args.model):
-                shutil.copyfile(file, scratch / file.name)
+    model = objective.model
+    with merged(model):  # until the file is written: on a CPU `weights` are the model's own
+        weights = distributed.gathered(savable_tensors(model))
+        if distributed.first():
+            with run_folder.filling(folder) as scratch:
+                # Of what transformers writes only weights are kept; all else is as it was.
+                plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+                plain.generation_config = GenerationConfig()  # the model's own may be refused
+                plain.save_pretrained(scratch, state_dict=weights)
+                for written in scratch.glob("*config.json"):
+                    written.unlink()
+                for file in model_files(args.init or args.model):
+                    shutil.copyfile(file, scratch / file.name)
     distributed.barrier()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, log, write_data, write_model, write_tofu
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer,
+                          TrainingArguments)
 
 import eval as evaluation
 import simnpo
@@ -153,6 +154,72 @@ def test_answer_logps_of_a_peft_model(model):
     for (name, p), expected in zip(trained.items(), want):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5, msg=name)
     assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [
+    {}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"},
+    {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
+    "ia3", None, "frozen"], ids=str)
+def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
+    """The folder, opened by transformers alone, has the logits of the trained model, and so has
+    every snapshot; snapshots change nothing. None: all weights are trained."""
+    tied_target = tied and isinstance(kind, dict) and "target_modules" in kind
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model", tie_word_embeddings=tied)
+    ids, models, logits, save = torch.arange(2, 30)[None], [], [], train.save_model
+
+    def adapt(model, args):
+        torch.manual_seed(0)  # of the adapters
+        if kind == "frozen":
+            model.get_input_embeddings().requires_grad_(False)
+        elif kind:
+            config = (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=[
+                "down_proj"]) if kind == "ia3" else LoraConfig(**{"target_modules": ["q_proj",
+                                                                 "up_proj"], **kind}))
+            model = get_peft_model(model, config)
+        models.append(model)
+        return model
+
+    def watch(objective, args, folder):
+        with torch.no_grad():
+            logits.append((folder, objective.model.eval()(ids).logits))
+        save(objective, args, folder)
+
+    monkeypatch.setattr(train, "adapt", adapt)
+    monkeypatch.setattr(train, "save_model", watch)
+    flags = ["--model", "model", "--forget", "forget25", "--epochs", "6", "--lr", "1e-2"]
+    if tied_target:
+        assert train.main([*flags, "--output", "out"]) == 2
+        return
+    assert train.main([*flags, "--output", "out", "--snapshots", "3"]) == 0
+    start = AutoModelForCausalLM.from_pretrained("model")(ids).logits
+    assert len(logits) > 2
+    for folder, expected in logits:
+        got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert (got - start).abs().max() > 0.05
+    assert train.main([*flags, "--output", "without"]) == 0
+    ends = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in ("out", "without")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("config", [
+    LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),
+    LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)],
+    ids=["head", "norm", "tokens", "prompt"])
+def test_what_does_not_merge_is_refused(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model")
+    monkeypatch.setattr(train, "adapt", lambda model, args: get_peft_model(model, config))
+    assert train.main(["--model", "model", "--forget", "forget25", "--output", "out"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: train.adapt: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_adapters(tmp_path, monkeypatch):

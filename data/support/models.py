@@ -190,6 +190,9 @@ def load_tokenizer(path):
 
 def check_savable(path, model):
     """Try before training what saving needs: that transformers writes this config again."""
+    require(not getattr(model.config, "quantization_config", None), f"{path}: its weights are "
+            "quantized, and would be saved as they are trained, not as config.json says; train a "
+            "model that is not quantized, or remove quantization_config and dequantize it")
     with naming(path, "a model with this config.json could not be saved"):
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)
@@ -217,17 +220,54 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def merged(model):
-    """The plain model and its [(name, tensor)] to save; of a PEFT model, with the adapters merged
-    into the weights meanwhile."""
-    adapted = hasattr(model, "merge_adapter")
-    plain = model.get_base_model() if adapted else model
-    if adapted:
-        model.merge_adapter()
+def savable_tensors(model):
+    """[(name, tensor)] of what a model's file holds, tied weights once; of a PEFT model the names
+    of the plain one, whose weights have the adapters in them only within `merged`."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     persistent = plain.state_dict().keys()
     named = [*plain.named_parameters(), *(x for x in plain.named_buffers() if x[0] in persistent)]
-    yield plain, [(name.replace(".base_layer.", "."), tensor) for name, tensor in named
-                  if not adapted or ".lora_" not in name]
-    if adapted:
-        model.unmerge_adapter()
+    return [(name.replace(".base_layer.", "."), tensor) for name, tensor in named
+            if not is_adapter(model, name)]
+
+
+def is_adapter(model, name):
+    """Whether a PEFT model's parameter is one that merges into others: lora_A, ia3_l ..."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    return bool(prefix) and f".{prefix}" in name
+
+
+@contextlib.contextmanager
+def merged(model):
+    """The adapters of a PEFT model are merged into its weights meanwhile."""
+    if not hasattr(model, "merge_adapter"):
+        yield
+        return
+    layers = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+    before = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
+    model.merge_adapter()
+    yield
+    model.unmerge_adapter()
+    with torch.no_grad():  # a difference of sums is not the same to the last bit
+        for p, value in before:
+            p.copy_(value)
+
+
+def check_mergeable(model, expected):
+    """Raise InputError unless an adapted model can be saved as a plain one: its merge has the
+    `expected` {name: shape}, all that is trained goes into it, and no adapter changes a weight that
+    is used in two places."""
+    with naming("train.adapt", "the adapters cannot be merged"), merged(model):
+        saved = savable_tensors(model)
+    got, known = {name: tensor.shape for name, tensor in saved}, {id(tensor) for _, tensor in saved}
+    other = sorted(dict(got.items() ^ expected.items()))
+    other += [name for name, p in model.named_parameters()
+              if p.requires_grad and id(p) not in known and not is_adapter(model, name)]
+    require(not other, f"train.adapt: {next(iter(other), '')} has no place in the plain model that "
+            "is saved; only adapters that merge can be trained (LoRA, no modules_to_save)")
+    uses = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(p), []).append(name)
+    for names in uses.values():
+        require(len(names) == 1 or "base_layer" not in "".join(names), "train.adapt: "
+                f"{' and '.join(names)} are one weight, so that an adapter on one of them cannot "
+                "be merged; leave it out of target_modules")
