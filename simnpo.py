@@ -63,7 +63,7 @@ def sequence_logps(logits, labels):
     fp32 at least. Raises ValueError when a sequence has no answer token.
     """
     mask = answer_mask(labels)
-    return sum_answers(TokenLogps.apply(logits[:, :-1][mask], labels[:, 1:][mask]), labels)
+    return sum_answers(token_logps(logits[:, :-1][mask], labels[:, 1:][mask]), labels)
 
 
 def answer_mask(labels):
@@ -80,33 +80,10 @@ def sum_answers(values, labels):
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1), mask.sum(1)
 
 
-class TokenLogps(torch.autograd.Function):
-    """log pi(target) of each row: (N,V), (N,) -> (N,). As F.cross_entropy, but one (N,V) tensor
-    fewer lives in backward."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        logps = log_softmax(logits)
-        ctx.save_for_backward(logps, targets)
-        return logps.gather(1, targets[:, None])[:, 0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        logps, targets = ctx.saved_tensors
-        slope = logps.exp().mul_(-grad[:, None])  # d logps / d logits = one-hot(target) - softmax
-        return slope.scatter_add_(1, targets[:, None], grad[:, None]), None
-
-
-def refuse_second_derivative():
-    """RuntimeError with create_graph=True: what backward computes here has no graph of its own."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("these log-probabilities can be differentiated only once")
-
-
-def log_softmax(logits):
-    """In fp32 at least: (N,V) -> (N,V)."""
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def token_logps(logits, targets):
+    """log pi(target) of each row, in fp32 at least: (N,V), (N,) -> (N,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 # ---- Copy down to here for the losses and the plain log-probabilities. ----
@@ -124,10 +101,10 @@ def answer_logps(model, input_ids, labels):
 
 def answer_token_logps(model, input_ids, labels):
     """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence."""
-    def token_logps(head, h, targets):
-        return TokenLogps.apply(head_logits(model, h, head), targets)
+    def chunk_logps(head, h, targets):
+        return token_logps(head_logits(model, h, head), targets)
 
-    return chunked(token_logps, model, *answer_hidden(model, input_ids, labels))
+    return chunked(chunk_logps, model, *answer_hidden(model, input_ids, labels))
 
 
 def answer_kl(model, reference, input_ids, labels):
@@ -136,6 +113,11 @@ def answer_kl(model, reference, input_ids, labels):
     The reference gets no gradient. Like answer_logps, it never holds (B,T,V).
     """
     return sum_answers(answer_token_kl(model, reference, input_ids, labels), labels)
+
+
+def log_softmax(logits):
+    """In fp32 at least: (N,V) -> (N,V)."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def answer_token_kl(model, reference, input_ids, labels):
@@ -265,5 +247,6 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivative()
+        if torch.is_grad_enabled():  # create_graph=True: what `add` did has no graph
+            raise RuntimeError("these log-probabilities can be differentiated only once")
         return grad, ctx.total.pop(), None
