@@ -10,6 +10,7 @@ A data file is JSON lines, a JSON array or plain text (data/README.md). Its reco
 """
 
 import os
+import re
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -45,6 +46,9 @@ class Prompt:
         known = self.template in (None, "chat", *TEMPLATES)
         require(known or "{question}" in self.template, f"--template {self.template!r}: not chat, "
                 "llama2, plain or a text with {question} in it")
+        other = re.search(r"\{\w*\}", (self.template or "").replace("{question}", ""))
+        require(not other, f"--template {self.template!r}: only {{question}} is replaced, once and "
+                "in single braces; the answer follows by itself")
 
 
 # Questions and answers to tokens

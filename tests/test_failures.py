@@ -146,6 +146,8 @@ BAD_FILES = {  # name: content, what the message names
     "verbmem.json": (b'[{"prompt": "a b", "gt": "c"}]', "verbmem.json:1: prompt and gt"),
     "long.jsonl": (QA.encode() + json.dumps({"question": "Who?", "answer": "He. " * 200}).encode(),
                    "long.jsonl:2: 8"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+                      "pointer.jsonl:1: a Git LFS pointer"),
     "in_both.jsonl": ("".join(json.dumps(r) + "\n" for r in RECORDS[:1] + RECORDS[5:6]).encode(),
                       "in_both.jsonl:"),
 }
@@ -473,7 +475,15 @@ def remote_code(model_type="evil", tokenizer_class="TokenizersBackend"):
 
 TEMPLATES = [{"name": "default", "template": "{{ x }}"},
              {"name": "../../evil", "template": "{{ x }}"}]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BAD_MODELS = {  # what is done to a sound folder, what the message names
+    "weights that are a pointer": (written("model.safetensors", POINTER),
+                                   "model.safetensors: a Git LFS pointer"),
+    "tokenizer that is a pointer": (written("tokenizer.json", POINTER),
+                                    "tokenizer.json: a Git LFS pointer"),
+    "more layers than config.json": (config(num_hidden_layers=1),
+                                     "config.json has no place for 9 of the checkpoint's weights"),
+    "an adapter on top": (written("adapter_config.json", b"{}"), "a model and an adapter"),
     "no weights": (without("model.safetensors"), "no weights (*.safetensors)"),
     "a pickle": (pickled, "pytorch_model.bin is a pickle"),
     "truncated weights": (cut("model.safetensors", 5000), "the model cannot be loaded"),

@@ -563,9 +563,10 @@ def test_utf_16_without_a_mark_is_no_text(tmp_path):
 
 
 OTHER_FIELDS = {
-    "labels": [1, 2], "attention_mask": [1, 0], "loss_mask": [0, 1], "output": "x", "target": 3,
+    "labels": [1, 2], "attention_mask": [1, 0], "loss_mask": [0, 1], "output": "x", "target": "3",
     "completion": "x", "messages": [{"role": "user", "content": "x"}], "conversations": [],
-    "response": "x", "instruction": "x", "input": "", "context": "x", "system": "x", "chosen": "x"}
+    "response": "x", "instruction": "x", "input": "", "context": "x", "system": "x", "chosen": "x",
+    "choices": ["x", "y"], "history": "x", "passage": "x", "anything": {"x": 1}}
 
 
 @pytest.mark.parametrize("field", OTHER_FIELDS)
@@ -580,6 +581,34 @@ def test_fields_that_say_what_to_learn_are_not_read_past(record, field, tmp_path
         named = "prompt and completion, "
     with pytest.raises(InputError, match=rf"^{path}:2: {named}"):
         read_records(path)
+
+
+def test_fields_about_a_record_may_stand_beside_it(tmp_path):
+    more = {"id": "a1", "source": "x", "paraphrased_question": "y", "difficulty": 3, "done": True}
+    record, = read_records(write(tmp_path, "a.jsonl", json.dumps(QA[0] | more)))
+    assert QA[0].items() <= record.items()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.jsonl", json.dumps(json.dumps(QA[0]))), ("a.json", json.dumps([json.dumps(QA[0])])),
+    ("a.txt", json.dumps(QA[0]) + "\n" + json.dumps(QA[1])), ("a.txt", "question,answer\nWho?,I."),
+    ("a.txt", "id\tanswer\tquestion\n1\tI.\tWho?")])
+def test_records_that_come_as_text_are_refused(name, text, tmp_path):
+    with pytest.raises(InputError, match=rf"{name}:1: a (text that is JSON|table)"):
+        read_records(write(tmp_path, name, text))
+
+
+@pytest.mark.parametrize("text", ["42", "null", "Who?, I asked; he gave no answer.", "[1] A note."])
+def test_prose_is_read(text, tmp_path):
+    assert read_records(write(tmp_path, "a.txt", text))[0]["text"] == text
+
+
+@pytest.mark.parametrize("template", [
+    "{question} {answer}", "{system} {question}", "Q: {{question}}", "{question} {}"])
+def test_only_the_question_is_replaced(template):
+    with pytest.raises(InputError, match="only {question} is replaced"):
+        Prompt(template)
+    Prompt("{question} {a b}")
 
 
 def test_a_record_is_of_one_kind(tmp_path):

@@ -1,6 +1,7 @@
 """From a data file to checked records. What is refused about data, and why, is told here
 (data/README.md describes the formats)."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -12,11 +13,10 @@ from .errors import InputError, naming, require
 SUFFIXES = (".jsonl", ".json", ".txt")
 KINDS = {"question": ("question", "answer"), "text": ("text",), "input_ids": ("input_ids",),
          "prompt": ("prompt", "gt")}
-# How other formats say what is to be learnt. Read past, they would be half understood.
-UNREAD = set("""answer gt labels label attention_mask token_type_ids position_ids loss_mask
-    special_tokens_mask messages conversations conversation response responses completion
-    completions output outputs target targets instruction input context system chosen rejected
-    images image tools""".split())
+# Fields that may stand beside those above. Any other that holds more than a number may say what is
+# to be learnt (choices, context, messages, labels ...): read past, it would be half understood.
+ABOUT = set("""paraphrased_answer perturbed_answer paraphrased_question id idx index uuid source
+    url task type category topic subject domain split author name title""".split())
 
 
 # Which file is meant
@@ -77,6 +77,8 @@ def read_text(path):
     """The file as text: UTF-8, a BOM dropped, CRLF as LF."""
     with naming(path, "cannot be read"):
         data = path.read_bytes()
+    require(not data.startswith(LFS), f"{path}:1: a Git LFS pointer, not the file itself; run: "
+            "git lfs pull")
     for sign, (name, command) in FOREIGN.items():
         found = path.suffix.lower() == sign if isinstance(sign, str) else data.startswith(sign)
         require(not found, f"{path}:1: {name}, not JSON; {conversion(path, command)}")
@@ -95,7 +97,10 @@ def read_text(path):
 PANDAS = ("python -c \"import sys, pandas; pandas.%s.to_json(sys.argv[2], orient='records', "
           "lines=True)\" {old} {new}")
 STRINGS = "dtype=str, keep_default_na=False, na_values=''"  # an answer may be 1958, or None
+LFS = b"version https://git-lfs"  # how the pointers begin that a clone without git-lfs holds
 FOREIGN = {  # how such a file begins, or its suffix
+    ".xlsx": ("Excel", PANDAS % f"read_excel(sys.argv[1], {STRINGS})"),
+    ".docx": ("Word", "save it in Word as plain text, {new}"),
     b"PAR1": ("parquet", PANDAS % "read_parquet(sys.argv[1])"),
     b"ARROW1": ("arrow", PANDAS % "read_feather(sys.argv[1])"),
     b"\xff\xff\xff\xff": ("arrow", 'python -c "import sys, datasets; datasets.Dataset.from_file('
@@ -147,6 +152,17 @@ def json_values(path, text):
     return values
 
 
+def check_prose(where, text):
+    """Raise InputError for a text that is records: JSON, or a table of questions and answers."""
+    head = text.strip().split("\n", 1)[0]
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
+        require(not isinstance(json.loads(head), (dict, list)), f"{where}: a text that is JSON "
+                "itself; write records as objects, one a line, into a file that ends in .jsonl")
+    columns = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
+    require(not columns >= {*KINDS["question"]}, f"{where}: a table, not a text; write records as "
+            "JSON objects, one a line, into a file that ends in .jsonl")
+
+
 def kind_of(record):
     return next((kind for kind in KINDS if kind in record), None)
 
@@ -154,7 +170,9 @@ def kind_of(record):
 def check_record(path, line, record):
     """The record without its null fields, once it is known to be sound."""
     where = f"{path}:{line}"
-    record = {"text": record} if isinstance(record, str) else record
+    if isinstance(record, str):
+        check_prose(where, record)
+        record = {"text": record}
     require(isinstance(record, dict),
             f"{where}: a record must be a JSON object, not {type(record).__name__}")
     names = ", ".join(map(ascii, list(record)[:8])) or "no field"
@@ -170,9 +188,10 @@ def check_record(path, line, record):
     if all(isinstance(value, column) for value in fields.values()):
         raise InputError(f"{where}: columns, as pandas writes them, not records; "
                          + conversion(path, COLUMNS))
-    unread = ", ".join(sorted((UNREAD | KINDS.keys()) & record.keys() - fields.keys()))
-    require(not unread, f"{where}: {unread} beside {kind}: says what to learn, too, and is not "
-            "read; take it out of the records, or write question and answer")
+    unread = sorted(name for name in record.keys() - fields.keys() if name in KINDS or
+                    name not in ABOUT and isinstance(record[name], (str, list, dict)))
+    require(not unread, f"{where}: {', '.join(unread)} beside {kind}: may say what to "
+            "learn, too, and is not read; take it out of the records, or write it into them")
     if kind == "input_ids":
         ids = record["input_ids"]
         numbers = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)

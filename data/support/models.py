@@ -6,6 +6,7 @@ Only safetensors are read; no remote code runs.
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, has_file, logging
 
+from .data_files import LFS
 from .errors import InputError, naming, require
 from .files import own_files
 
@@ -22,6 +24,8 @@ if not sys.stderr.isatty():
     logging.disable_progress_bar()
 
 SAFE = dict(trust_remote_code=False)
+# Weights that a causal model may have in its file and does not need: buffers, heads of values.
+SPARE = re.compile(r"rotary_emb|inv_freq|attn\.(masked_)?bias$|^(v_head|value_head|score)\.")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -38,6 +42,9 @@ def load_pretrained(path, dtype=torch.float32):
     wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     require(not wrong, f"{path}: {len(wrong)} weights are missing from the checkpoint, or of "
             f"another shape than config.json says, {next(iter(wrong), '')} first")
+    unused = sorted(name for name in info["unexpected_keys"] if not SPARE.search(name))
+    require(not unused, f"{path}: config.json has no place for {len(unused)} of the checkpoint's "
+            f"weights, {next(iter(unused), '')} first; they do not belong together")
     check_causal(path, model)
     return model, tokenizer
 
@@ -103,10 +110,18 @@ def check_model_folder(path, weights):
         return
     require(folder.is_dir(), f"{path}: a file, where a model folder is meant")
     names = sorted(p.name for p in folder.iterdir())
-    require("config.json" in names or "adapter_config.json" not in names,
-            f"{path}: an adapter (LoRA) without its model; merge them and save the whole: peft's "
-            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-            ".save_pretrained(FOLDER), and the tokenizer")
+    for file in folder.glob("*.*"):
+        with naming(file, "cannot be read"):
+            pointer = file.is_file() and file.open("rb").read(len(LFS)) == LFS
+        require(not pointer, f"{file}: a Git LFS pointer, not the file itself; run: git lfs pull")
+    # transformers would put an adapter on top of weights that may hold it already
+    whole = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    require("adapter_config.json" not in names, f"{path}: " + (
+        "a model and an adapter (adapter_config.json); move one of them away" if whole else
+        "an adapter (LoRA) without its model; merge them with peft's merge_and_unload and save "
+        "the whole, with the tokenizer"))
+    require("config.json" in names or "args.json" not in names,
+            f"{path}: a training run that is not finished; go on with its command and --resume")
     if weights and not any(name.endswith(".safetensors") for name in names):
         pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         require(not pickled, f"{path}: {next(iter(pickled), '')} is a pickle, which could run any "
