@@ -618,7 +618,7 @@ def test_a_record_is_of_one_kind(tmp_path):
                           (QA[0] | {"prompt": "x", "gt": "y"}, "gt, prompt beside question")):
         with pytest.raises(InputError, match=rf"a\.jsonl:1: {named}: "):
             read_records(write(tmp_path, "a.jsonl", json.dumps(record)))
-    path = write(tmp_path, "a.jsonl", qa(id=7, category="x", options=["a"]))  # harmless
+    path = write(tmp_path, "a.jsonl", qa(id=7, category="x"))  # harmless
     assert len(read_records(path)) == 1
 
 
