@@ -119,22 +119,32 @@ def front_of(tokenizer, prompt=None):
 # or an empty think block before, a token of their own at the end, text after the turn.
 
 def chat(tokenizer, question, answer, prompt, place):
-    """The conversation up to the end of the assistant's turn: the first special token after the
-    answer, or the EOS where the template writes none. Without an answer: up to where it begins."""
+    """The conversation up to the end of the assistant's turn: the last special token that stands
+    there whether another turn follows or not (or the first at all: GPT-OSS ends the last turn in
+    its own way), else the EOS. Without an answer: up to where every answer begins."""
     with naming(place, "the tokenizer's chat template fails"):
         text, marked = (render(tokenizer, question, a, prompt) for a in (answer, MARK))
-    if answer is None:
-        return text
     before, _, after = marked.rpartition(MARK)
+    if answer is None:  # what is written between the prompt for generation and any answer is asked
+        return before if before.startswith(text) else text
     printed = text[len(before):len(text) - len(after)]  # a template may strip it, but no more
     whole = text == before + printed + after and printed.strip() == answer.strip()
     require(whole, f"{place}: the tokenizer's chat template does not print this answer as it is; "
             "try --template plain")
-    for i in encode(tokenizer, [after], [])[0]:
-        token = tokenizer.convert_ids_to_tokens(i)
-        if token in after and not tokenizer.decode([i], skip_special_tokens=True):
-            return before + printed + after[:after.index(token) + len(token)]
-    return text + tokenizer.eos_token
+    followed = render(tokenizer, question, MARK, prompt, more=True).rpartition(MARK)[2]
+    ends = (special_ends(tokenizer, os.path.commonprefix([after, followed]))
+            or special_ends(tokenizer, after)[:1])
+    return before + printed + after[:ends[-1]] if ends else text + tokenizer.eos_token
+
+
+def special_ends(tokenizer, text):
+    """Where the special tokens in a text end."""
+    ends = []
+    for i in encode(tokenizer, [text], [])[0]:
+        token, at = tokenizer.convert_ids_to_tokens(i), ends[-1] if ends else 0
+        if token in text[at:] and not tokenizer.decode([i], skip_special_tokens=True):
+            ends.append(text.index(token, at) + len(token))
+    return ends
 
 
 # Templates that print today's date ask for date_string or call strftime_now. transformers hands no
@@ -142,12 +152,15 @@ def chat(tokenizer, question, answer, prompt, place):
 TODAY = "{% macro strftime_now(form) %}{{ fixed_date }}{% endmacro %}\n"
 
 
-def render(tokenizer, question, answer, prompt, **variables):
-    """What the tokenizer's chat template prints; without an answer, its prompt for generation."""
+def render(tokenizer, question, answer, prompt, more=False, **variables):
+    """What the tokenizer's chat template prints; without an answer, its prompt for generation;
+    `more`: with another question after the answer."""
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     messages.append({"role": "user", "content": question})
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
+    if more:
+        messages.append({"role": "user", "content": "?"})
     if prompt.date:
         variables = {"date_string": prompt.date, "fixed_date": prompt.date}
     return tokenizer.apply_chat_template(

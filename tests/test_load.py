@@ -235,6 +235,26 @@ QWEN3 = ("{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
          "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
          "{%- if enable_thinking is defined and enable_thinking is false -%}"
          "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}")
+
+
+def turns(special, first, user, asked, assistant, header, end, after="", closes=True):
+    """A row of CHAT_FAMILIES: `assistant` begins the turn, in the prompt for generation, too;
+    `header` is what every answer follows; `end` closes the turn, if anything `closes` it, and
+    `after` stands behind it."""
+    def printed(*parts):
+        return "{{ " + " + ".join(parts) + " }}"
+
+    closed = (end if closes else "") + after
+    template = (printed(repr(first)) + "{% for m in messages %}{% if m.role == 'user' %}"
+                + printed(repr(user), "m.content", repr(asked)) + "{% else %}"
+                + printed(repr(assistant + header), "m.content", repr(closed))
+                + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+                + printed(repr(assistant)) + "{% endif %}")
+    blank = " " * header.endswith(" ")  # a blank begins the answer's first token
+    before = f"{first}{user}{{q}}{asked}{assistant}{header.rstrip(' ')}"
+    return special, template, before, blank + "{a}", end
+
+
 CHAT_FAMILIES = {
     "llama 3": (
         ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -250,7 +270,7 @@ CHAT_FAMILIES = {
         "assistant\n<think>\n\n</think>\n\n", "{a}", "<|im_end|>"),
     "a think block without enable_thinking": (
         [*IM, "<think>", "</think>"], QWEN3.replace("enable_thinking is false", "false"),
-        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n{a}",
+        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "{a}",
         "<|im_end|>"),
     "gemma": (
         ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
@@ -294,7 +314,7 @@ CHAT_FAMILIES = {
         "{% endif %}<|message|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}"
         "<|return|>{% else %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}"
         "<|start|>assistant{% endif %}",
-        "<|start|>user<|message|>{q}<|end|><|start|>assistant", "<|channel|>final<|message|>{a}",
+        "<|start|>user<|message|>{q}<|end|><|start|>assistant<|channel|>final<|message|>", "{a}",
         "<|return|>"),
     "no end": (
         ["</s>"],
@@ -305,7 +325,39 @@ CHAT_FAMILIES = {
     "no generation prompt": (
         ["<|end|>", "<|user|>", "<|assistant|>"],
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
-        "<|user|>{q}<|end|>", "<|assistant|>{a}", "<|end|>"),
+        "<|user|>{q}<|end|><|assistant|>", "{a}", "<|end|>"),
+    "glm 4.6": turns(
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"], "[gMASK]<sop>",
+        "<|user|>\n", "", "<|assistant|>", "\n", "<|endoftext|>", closes=False),
+    "kimi k2": turns(
+        ["[EOS]", "<|im_user|>", "<|im_middle|>", "<|im_assistant|>", "<|im_end|>"], "",
+        "<|im_user|>user<|im_middle|>", "<|im_end|>", "<|im_assistant|>assistant<|im_middle|>", "",
+        "<|im_end|>"),
+    "a channel is closed before the turn": turns(
+        ["[EOS]", "<|user|>", "<|assistant|>", "<|open|>", "<|close|>", "<|end|>"], "",
+        "<|user|>", "<|end|>", "<|assistant|>", "<|open|>", "<|close|><|end|>"),
+    "command-r": turns(
+        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>"], "<BOS>",
+        "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>", "", "<|END|>"),
+    "command-r7b": turns(
+        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>", "<|START_RESPONSE|>",
+         "<|END_RESPONSE|>"], "<BOS>", "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>",
+        "<|START_RESPONSE|>", "<|END_RESPONSE|><|END|>"),
+    "falcon 3": turns(["<|endoftext|>"], "", "<|user|>\n", "\n", "<|assistant|>\n", "",
+                      "<|endoftext|>", "\n"),
+    "olmo 2": turns(["<|endoftext|>"], "<|endoftext|>", "<|user|>\n", "\n", "<|assistant|>\n", "",
+                    "<|endoftext|>", "\n"),
+    "granite 3": turns(
+        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"], "",
+        "<|start_of_role|>user<|end_of_role|>", "<|end_of_text|>\n",
+        "<|start_of_role|>assistant<|end_of_role|>", "", "<|end_of_text|>", "\n"),
+    "phi 4": turns([*IM, "<|im_sep|>"], "", "<|im_start|>user<|im_sep|>", "<|im_end|>",
+                   "<|im_start|>assistant<|im_sep|>", "", "<|im_end|>"),
+    "internlm 2": turns(["</s>", "<s>", *IM], "<s>", "<|im_start|>user\n", "<|im_end|>\n",
+                        "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
+    "deepseek v3": turns(["<EOS>", "<BOS>", "<User>", "<Assistant>"], "<BOS>", "<User>", "",
+                         "<Assistant>", "", "<EOS>"),
+    "vicuna": turns(["</s>", "<s>"], "<s>", "USER: ", " ", "ASSISTANT:", " ", "</s>"),
 }
 STRIPS = ("llama 3", "gemma", "llama 2")  # these strip what they print
 THINKS = {"qwen 3": {"enable_thinking": False}}
@@ -329,13 +381,13 @@ def chat_family(name):
     return wrapped(raw, bos_token=bos, eos_token=special[0], chat_template=template, **options)
 
 
-def transformers_loss(model, tokenizer, question, answer, end, **variables):
+def transformers_loss(model, tokenizer, question, answer, asked, end, **variables):
     """Mean nll of the answer by transformers, on the template's rendering up to the turn's end."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **variables)
     whole = raw_ids(tokenizer, render(messages))
-    asked = raw_ids(tokenizer, render(messages[:1], add_generation_prompt=True))
-    end = tokenizer.convert_tokens_to_ids(end)
+    asked = raw_ids(tokenizer, asked.replace("{q}", question))
+    end = raw_ids(tokenizer, end)[-1]
     if end in whole:
         whole = whole[:len(whole) - whole[::-1].index(end)]
     else:
@@ -347,7 +399,7 @@ def transformers_loss(model, tokenizer, question, answer, end, **variables):
 
 @pytest.mark.parametrize("name", CHAT_FAMILIES)
 def test_chats_have_the_loss_that_transformers_gives_their_own_rendering(name):
-    tokenizer, end = chat_family(name), CHAT_FAMILIES[name][-1]
+    tokenizer, (*_, asked, _, end) = chat_family(name), CHAT_FAMILIES[name]
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -359,7 +411,7 @@ def test_chats_have_the_loss_that_transformers_gives_their_own_rendering(name):
             model(input_ids=ids).logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
             reduction="none")
         means = nll.double().sum(1) / (labels[:, 1:] != -100).sum(1)
-        expected = [transformers_loss(model, tokenizer, *pair, end, **THINKS.get(name, {}))
+        expected = [transformers_loss(model, tokenizer, *pair, asked, end, **THINKS.get(name, {}))
                     for pair in CONVERSATIONS]
     assert means.tolist() == pytest.approx(expected, rel=0, abs=1e-6)
     assert min(abs(a - b) for a, b in itertools.combinations(expected, 2)) > 1e-5
