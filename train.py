@@ -13,7 +13,6 @@ if __name__ == "__main__":
     startup.prepare()
 
 import math
-import shutil
 import sys
 import time
 from typing import Any, Callable, NamedTuple
@@ -28,8 +27,7 @@ from data.support import distributed, miniature, run_folder
 from data.support.data_files import check_disjoint
 from data.support.errors import naming, one_line_errors, require
 from data.support.models import (check_mergeable, check_savable, context_length, load_skeleton,
-                                 load_start, merged, model_files, rope_borders, savable_tensors,
-                                 vocabulary)
+                                 load_start, merged, rope_borders, savable_tensors, vocabulary)
 from data.support.optim import MOMENTS, StochasticAdamW
 from data.support.options import DTYPES, training_options
 from simnpo import (answer_token_kl, answer_token_logps, check_head, grad_ascent_loss, npo_loss,
@@ -78,7 +76,7 @@ def main(argv=None):
     # Mistakes in the input surface here, before any weight is read. Without --model the built-in
     # start model is made now, if it is missing.
     with distributed.together():
-        forget, retain = load_data(args)
+        forget, retain, files = load_data(args)
         settings = run_folder.check(args, forget, retain)
     if run_folder.is_complete(args.output, settings):
         return 0
@@ -99,7 +97,7 @@ def main(argv=None):
             if step in epochs:
                 log(step=step, epoch=epochs[step], **probe(state.objective, forget, retain, args))
             if step > start and run_folder.is_due(args.snapshots, step, epochs):
-                save_model(state.objective, args, args.output / f"step-{step:06d}")
+                save_model(state.objective, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
             due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
@@ -134,16 +132,16 @@ def main(argv=None):
         if not steps_taken(state.optimizer):
             raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
                                      "fp32")
-        save_model(state.objective, args, args.output)
+        save_model(state.objective, files, args.output)
         run_folder.tidy(args.output)
     return 0
 
 
 def load_data(args):
-    """The forget and retain Examples, checked."""
+    """The forget and retain Examples, checked; {name: content} of what is saved unchanged."""
     source = miniature.TOKENIZER if args.mini else args.init or args.model
     skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not args.mini))
-    check_savable(source, skeleton)
+    files = check_savable(source, skeleton)
     limit = min(context_length(skeleton), 2**20)
     require(not args.max_length or args.max_length <= limit,
             f"--max-length {args.max_length}: the model takes {limit} tokens at most")
@@ -152,7 +150,7 @@ def load_data(args):
     forget, retain = (load_examples(path, tokenizer, args.max_length, prompt, vocabulary(skeleton))
                       if path else [] for path in (args.forget, args.retain))
     check_disjoint(forget, retain)
-    return forget, retain
+    return forget, retain, files
 
 
 # The pieces of a step. Data order is a function of (seed, step): a resumed run needs no more.
@@ -324,7 +322,9 @@ def adapt(model, args):
     """The place to change a model before it is trained: a PEFT model is saved with its adapters
     merged, frozen parameters stay as they are."""
     if args.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with naming("--checkpointing"):
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
         model.get_decoder().compile(dynamic=True)
     return model
@@ -401,7 +401,7 @@ def load_checkpoint(state, args, step):
     return step
 
 
-def save_model(objective, args, folder):
+def save_model(objective, files, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
     model = objective.model
     with merged(model):  # until the file is written: on a CPU `weights` are the model's own
@@ -414,8 +414,8 @@ def save_model(objective, args, folder):
                 plain.save_pretrained(scratch, state_dict=weights)
                 for written in scratch.glob("*config.json"):
                     written.unlink()
-                for file in model_files(args.init or args.model):
-                    shutil.copyfile(file, scratch / file.name)
+                for name, content in files.items():
+                    (scratch / name).write_bytes(content)
     distributed.barrier()
 
 

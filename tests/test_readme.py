@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, log, write_data, write_model, write_tofu
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer,
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
                           TrainingArguments)
 
 import eval as evaluation
@@ -69,7 +69,7 @@ def test_bare_loop(model):
 
 
 def test_trainer(model, tmp_path):
-    names = {"Trainer": Trainer}
+    names = {}
     exec(SNIPPETS[1], names)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=40, learning_rate=2e-3, report_to=[], use_cpu=True,
@@ -105,7 +105,7 @@ def test_adding_a_loss(tmp_path, monkeypatch):
     flags = ["--model", "model", "--forget", "forget25", "--epochs", "2", "--lr", "1e-3",
              "--output", "out"]
     monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
-    exec(SNIPPETS[2], {"torch": torch, "flags": flags})
+    exec(SNIPPETS[2], {"flags": flags})
     model, tokenizer = load_pretrained("model")
     expected = []
     for e in load_examples("forget25", tokenizer, 128):

@@ -404,7 +404,7 @@ def test_mains_first_step_has_the_gradient_of_the_formula(loss, retain_loss, max
     (0.7 * terms[0] + 1.3 * terms[1]).backward()
     largest = max(p.grad.abs().max() for p in model.parameters())
     for name, p in model.named_parameters():
-        assert (seen[name] - p.grad).abs().max() <= 3e-5 * largest, name
+        assert (seen[name] - p.grad).abs().max() <= 6e-5 * largest, name  # fp32, by kernel
 
 
 def test_the_official_number_of_steps(world, tmp_path):

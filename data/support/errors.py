@@ -40,9 +40,9 @@ def naming(place, what="cannot be used"):
     file:line, an option. An InputError, which names its place already, passes as it is."""
     try:
         yield
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as e:  # whatever damaged files provoke in the libraries that read them
+    except BaseException as e:  # whatever damaged files provoke in libraries, panics in Rust, too
         if cause(e) == "out of memory":
             raise
         raise InputError(f"{place}: {what}: {in_short(e)}") from None

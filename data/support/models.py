@@ -161,6 +161,10 @@ def check_generation(path, model):
     """Raise InputError unless generate(), from its cache and beside padding, has the logits of a
     plain forward pass. (State-space models may go wrong: padding passes through their state.)"""
     ids = torch.arange(2, 13, device=model.device) % vocabulary(model)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    require(all(end is None or type(end) is int for end in ends), f"{path}: eos_token_id {ends} of "
+            "its generation config is neither a token id nor a list of them")
     texts = [ids[:8], ids]  # one batch, the first padded on the left
     padded = torch.stack([torch.cat([ids[8:], ids[:8]]), ids])
     mask = torch.ones_like(padded)
@@ -185,6 +189,10 @@ def load_config(path):
     with naming(path, "config.json cannot be used"):
         config = AutoConfig.from_pretrained(path, **SAFE)
         name = str((config.architectures or ["ForCausalLM"])[0])
+        text = config.get_text_config()
+    require(name.endswith("ForCausalLM") or config.is_encoder_decoder or text is config,
+            f"{path}: config.json: {name} holds a language model beside others (for images, "
+            f"sound ...); save its {text.model_type} part as a model of its own")
     require(not config.is_encoder_decoder and name.endswith(("ForCausalLM", "LMHeadModel")),
             f"{path}: config.json: {name} is not a causal (left-to-right) language model")
     return config
@@ -204,14 +212,15 @@ def load_tokenizer(path):
 
 
 def check_savable(path, model):
-    """Try before training what saving needs: that transformers writes this config again."""
+    """Try before training what saving needs: that transformers writes this config again. Returns
+    {name: content} of the files that unlearning does not change."""
     require(not getattr(model.config, "quantization_config", None), f"{path}: its weights are "
             "quantized, and would be saved as they are trained, not as config.json says; train a "
             "model that is not quantized, or remove quantization_config and dequantize it")
     with naming(path, "a model with this config.json could not be saved"):
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)
-        model_files(path)
+        return {file.name: file.read_bytes() for file in model_files(path)}
 
 
 def model_files(path):
