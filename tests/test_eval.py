@@ -628,14 +628,14 @@ def test_dots_after_a_link_lead_where_the_system_says(tofu, tmp_path, capsys):
 
 def test_what_stdout_cannot_show_is_a_question_mark(pair, tofu, tmp_path, monkeypatch):
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
-    shutil.copy(Path(pair[0], "eval.json"), tmp_path / "\u00e9t\u00e9\udcff.json")
-    for encoding, name in (("ascii", b"?t??"), ("utf-8", "\u00e9t\u00e9?".encode())):
+    shutil.copy(Path(pair[0], "eval.json"), tmp_path / "\u00e9t\u00e9.json")
+    for encoding, name in (("ascii", b"?t?"), ("utf-8", "\u00e9t\u00e9".encode())):
         out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", out)
-        assert run(tmp_path / "\u00e9t\u00e9\udcff.json", "--forget", tofu) == 0
+        assert run(tmp_path / "\u00e9t\u00e9.json", "--forget", tofu) == 0
         assert out.buffer.getvalue().splitlines()[0].strip() == name
     monkeypatch.setattr(sys, "stdout", None)
-    assert run(tmp_path / "\u00e9t\u00e9\udcff.json", "--forget", tofu) == 0
+    assert run(tmp_path / "\u00e9t\u00e9.json", "--forget", tofu) == 0
 
 
 def test_saved_file_is_strict_json_with_everything(pair, tofu):
@@ -719,8 +719,8 @@ def test_official_log_is_completed(pair, tofu, tmp_path):
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
     values = numbers(pair[0])
     path = write_json(tmp_path / "log.json", official(values, dict))
-    entry = evaluation.results.read_entry(
-        path, evaluation.results.Evaluation("tofu", {}, None, evaluation.complete_tofu))
+    entry = evaluation.evaluations.read_entry(
+        path, evaluation.evaluations.Evaluation("tofu", {}, None, evaluation.complete_tofu))
     ours, theirs = (evaluation.tofu_metrics(v, values) for v in (values, entry["values"]))
     lacking = {row for row, value in theirs.items() if value == "its file does not hold this"}
     assert lacking == {row for row in ours if row.endswith(("memorization", "strength"))

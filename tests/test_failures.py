@@ -833,9 +833,9 @@ def kill_at(name, count, after):
     """Kill this process at the count-th call of a function, before or after it; a file being saved
     is left half done."""
     def deadly(original, *args, **options):
-        if after or name == "data.runs.save_file":
+        if after or name == "data.support.run_folder.save_file":
             original(*args, **options)
-        if not after and name == "data.runs.save_file":
+        if not after and name == "data.support.run_folder.save_file":
             os.truncate(args[1], os.path.getsize(args[1]) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     replace_call(name, count, deadly)
@@ -845,9 +845,9 @@ def test_killed_in_the_middle_of_writing(world, undisturbed, tmp_path):
     """Before and after each kind of call that changes the disk: at the start, in saving, and in
     finishing."""
     starting = [("pathlib.Path.mkdir", 1), ("os.replace", 1), ("os.replace", 2)]
-    saving = [("data.runs.save_file", 2), ("os.fsync", 5), ("os.fsync", 7), ("os.replace", 4),
+    saving = [("data.support.run_folder.save_file", 2), ("os.fsync", 5), ("os.fsync", 7), ("os.replace", 4),
               ("shutil.rmtree", 6), ("pathlib.Path.unlink", 1)]
-    finishing = [("os.replace", 6), ("os.replace", 7), ("data.runs.tidy", 1)]
+    finishing = [("os.replace", 6), ("os.replace", 7), ("data.support.run_folder.tidy", 1)]
     output = tmp_path / "run"
     for name, count in starting + saving + finishing:
         for after in (False, True):
@@ -905,7 +905,7 @@ def limit_files(size):
 
 @pytest.mark.parametrize("save_every, interfere", [
     *((1, (fail_at, *call)) for call in [
-        ("data.runs.save_file", 1), ("data.runs.save_file", 4), ("os.fsync", 9), ("os.replace", 8),
+        ("data.support.run_folder.save_file", 1), ("data.support.run_folder.save_file", 4), ("os.fsync", 9), ("os.replace", 8),
         ("os.replace", 1),
         ("os.replace", 2), ("os.replace", 6), ("pathlib.Path.write_text", 1),
         ("pathlib.Path.mkdir", 9)]),
