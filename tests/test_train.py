@@ -467,7 +467,7 @@ def test_micro_batches_and_checkpointing_change_nothing(world, tmp_path):
         assert {k: v for k, v in x.items() if k != "tokens_per_s"} == pytest.approx(
             {k: v for k, v in y.items() if k != "tokens_per_s"}, rel=1e-4)
     same = weights(tmp_path / "plain")
-    assert_close(weights(tmp_path / "split"), same, 1e-5)
+    assert_close(weights(tmp_path / "split"), same, 3e-5)
 
 
 def test_micro_batches_change_nothing_for_long_rope_either(tmp_path):
@@ -601,7 +601,7 @@ def test_two_processes_do_what_one_does(name, two_rank_runs):
     one, two = (weights(two_rank_runs / f"{name}-{n}") for n in (1, 2))
     start = weights(two_rank_runs / "target") if name in ("kl", "npo") else None
     assert one.keys() == two.keys()
-    assert_close(two, one, 1e-5)
+    assert_close(two, one, 3e-5)
     assert not start or max((one[k] - start[k]).abs().max() for k in one) > 1e-3
 
 
