@@ -101,7 +101,7 @@ def test_two_trainings_into_one_folder(world):
 
 def wait_before(name, path):
     """Every call of this function of data.support.run_folder is made only once `path` exists."""
-    function = getattr(runs, name)
+    function = getattr(run_folder, name)
 
     def waiting(*args):
         Path(path + ".wait").touch()
