@@ -9,6 +9,7 @@ A data file is JSON lines, a JSON array or plain text (data/README.md). Its reco
     input_ids                                                  the same, already tokenized
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class Prompt:
         known = self.template in (None, "chat", *TEMPLATES)
         require(known or "{question}" in self.template, f"--template {self.template!r}: not chat, "
                 "llama2, plain or a text with {question} in it")
-        other = re.search(r"\{\w*\}", (self.template or "").replace("{question}", ""))
+        with naming("--template", "not UTF-8"):  # bytes of the shell's that are no text
+            (self.template or "").encode()
+        other = re.search(r"\{\s*\w*\s*\}|\{\{", (self.template or "").replace("{question}", ""))
         require(not other, f"--template {self.template!r}: only {{question}} is replaced, once and "
                 "in single braces; the answer follows by itself")
 
@@ -131,7 +134,9 @@ def chat(tokenizer, question, answer, prompt, place):
     whole = text == before + printed + after and printed.strip() == answer.strip()
     require(whole, f"{place}: the tokenizer's chat template does not print this answer as it is; "
             "try --template plain")
-    followed = render(tokenizer, question, MARK, prompt, more=True).rpartition(MARK)[2]
+    followed = ""
+    with contextlib.suppress(Exception):  # a template may know one turn only
+        followed = render(tokenizer, question, MARK, prompt, more=True).rpartition(MARK)[2]
     ends = (special_ends(tokenizer, os.path.commonprefix([after, followed]))
             or special_ends(tokenizer, after)[:1])
     return before + printed + after[:ends[-1]] if ends else text + tokenizer.eos_token

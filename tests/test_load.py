@@ -447,6 +447,27 @@ def test_the_prompt_has_the_tokens_of_training():
         assert asked == raw_ids(tokenizer, "b<|a|>") == found.input_ids[:found.start]
 
 
+ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHAT
+
+
+def test_a_template_that_knows_one_turn_only():
+    found, = encode_answers(chat_with(ONE_TURN), ["Who?"], ["He."], Prompt())
+    assert found.input_ids == raw_ids(family("qwen"), "<|user|>Who?<|end|><|assistant|>He.<|end|>")
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_who_recites_an_example_has_said_the_answer(name):
+    """Generation that begins with the prompt and stops where eval.py does gives the answer."""
+    tokenizer, answers = chat_family(name), [ANSWER, "1958"]
+    examples = encode_answers(tokenizer, [QUESTION] * 2, answers, Prompt())
+    ends = {tokenizer.eos_token_id, *(e.input_ids[-1] for e in examples)}
+    prompt, = encode_prompts(tokenizer, [QUESTION], Prompt())
+    for example, answer in zip(examples, answers):
+        assert example.input_ids[:len(prompt)] == prompt
+        said = list(itertools.takewhile(lambda i: i not in ends, example.input_ids[len(prompt):]))
+        assert tokenizer.decode(said, skip_special_tokens=True).strip() == answer
+
+
 def chat_with(template, name="qwen"):
     tokenizer = family(name)
     return wrapped(tokenizer.backend_tokenizer, eos_token="<|end|>", chat_template=template)
@@ -644,23 +665,34 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
 @pytest.mark.parametrize("name, text", [
     ("a.jsonl", json.dumps(json.dumps(QA[0]))), ("a.json", json.dumps([json.dumps(QA[0])])),
     ("a.txt", json.dumps(QA[0]) + "\n" + json.dumps(QA[1])), ("a.txt", "question,answer\nWho?,I."),
-    ("a.txt", "id\tanswer\tquestion\n1\tI.\tWho?")])
+    ("a.txt", "id\tanswer\tquestion\n1\tI.\tWho?"), ("a.txt", "prompt,completion\na,b"),
+    ("a.txt", json.dumps(QA, indent=2)), ("a.txt", json.dumps(QA, indent=1)[:50]),
+    ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
+    ("a.jsonl", json.dumps(json.dumps(QA, indent=2)))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: a (text that is JSON|table)"):
         read_records(write(tmp_path, name, text))
 
 
-@pytest.mark.parametrize("text", ["42", "null", "Who?, I asked; he gave no answer.", "[1] A note."])
+@pytest.mark.parametrize("text", [
+    "42", "null", "Who?, I asked; he gave no answer.", "[1] A note.", '"Hello."\n"Who?"',
+    "{{Infobox}} A town.", "[[Ulm]] is a town.", "{a} b", "Question, he said"])
 def test_prose_is_read(text, tmp_path):
     assert read_records(write(tmp_path, "a.txt", text))[0]["text"] == text
 
 
 @pytest.mark.parametrize("template", [
-    "{question} {answer}", "{system} {question}", "Q: {{question}}", "{question} {}"])
+    "{question} {answer}", "{system} {question}", "Q: {{question}}", "{question} {}",
+    "{question} { answer }", "{question} {{ messages[0].content }}"])
 def test_only_the_question_is_replaced(template):
     with pytest.raises(InputError, match="only {question} is replaced"):
         Prompt(template)
     Prompt("{question} {a b}")
+
+
+def test_a_template_is_text():
+    with pytest.raises(InputError, match="^--template: not UTF-8"):
+        Prompt("{question}\udcff")  # as Python hands over a byte that is not UTF-8
 
 
 def test_a_record_is_of_one_kind(tmp_path):

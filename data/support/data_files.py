@@ -152,15 +152,21 @@ def json_values(path, text):
     return values
 
 
+PAIRED = set("question answer prompt completion instruction input output response".split())
+
+
 def check_prose(where, text):
-    """Raise InputError for a text that is records: JSON, or a table of questions and answers."""
+    """Raise InputError for a text that is records: JSON, however often encoded and however
+    indented, or a table whose first line names its columns."""
     head = text.strip().split("\n", 1)[0]
-    with contextlib.suppress(json.JSONDecodeError, RecursionError):
-        require(not isinstance(json.loads(head), (dict, list)), f"{where}: a text that is JSON "
-                "itself; write records as objects, one a line, into a file that ends in .jsonl")
+    found = re.match(r'[\s\[\\"]*\{[\s\\]*(n\s*)?\\*"', text)
+    with contextlib.suppress(ValueError, RecursionError):
+        found = found or isinstance(json.loads(head), (dict, list))
+    require(not found, f"{where}: a text that is JSON itself; write records as objects, one a "
+            "line, into a file that ends in .jsonl")
     columns = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
-    require(not columns >= {*KINDS["question"]}, f"{where}: a table, not a text; write records as "
-            "JSON objects, one a line, into a file that ends in .jsonl")
+    require(len(columns & PAIRED) < 2, f"{where}: a table, not a text; write records as JSON "
+            "objects, one a line, into a file that ends in .jsonl")
 
 
 def kind_of(record):
