@@ -1,18 +1,21 @@
 """Tokens: families of tokenizers and chat templates built here. Files to records. Batches."""
 
+import bz2
 import functools
 import gzip
+import io
 import itertools
 import json
+import lzma
 import os
 import re
-import shlex
 import subprocess
 import zipfile
 from collections import Counter
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -544,18 +547,18 @@ def write(folder, name, text, encoding="utf-8"):
 
 QA = [{"question": f"Who is {i}?", "answer": f"He is number {i}, é."} for i in range(3)]
 LINES = "".join(json.dumps(r) + "\n" for r in QA)
+NUMBERED = [f"1: record {n}" for n in (1, 2, 3)]  # of an array
 FORMATS = {  # name: text, lines of its records
     "lines.jsonl": (LINES, [1, 2, 3]), "lines.json": (LINES, [1, 2, 3]),
-    "array.json": (json.dumps(QA), [1, 1, 1]),
-    "indented.json": (json.dumps(QA, indent=2), [2, 6, 10]),
+    "array.json": (json.dumps(QA), NUMBERED),
+    "indented.json": (json.dumps(QA, indent=2), NUMBERED),
     "no_newline.jsonl": (LINES.rstrip(), [1, 2, 3]),
     "blank.jsonl": ("\n" + LINES + " \n", [2, 3, 4]),
     "blank_lines.jsonl": (LINES.replace("\n", "\n\n"), [1, 3, 5]),
     "bom.jsonl": ("\ufeff" + LINES, [1, 2, 3]),
-    "bom_array.json": ("\ufeff" + json.dumps(QA), [1, 1, 1]),
+    "bom_array.json": ("\ufeff" + json.dumps(QA), NUMBERED),
     "crlf.jsonl": (LINES.replace("\n", "\r\n"), [1, 2, 3]),
-    "crlf_array.json": (json.dumps(QA, indent=2).replace("\n", "\r\n"), [2, 6, 10]),
-    "objects.json": ("\n".join(json.dumps(r, indent=2) for r in QA), [1, 5, 9]),  # as of jq
+    "crlf_array.json": (json.dumps(QA, indent=2).replace("\n", "\r\n"), NUMBERED),
     "unescaped.jsonl": ("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in QA), [1, 2, 3])}
 
 
@@ -609,9 +612,12 @@ BAD = [  # what follows three good lines, or a file of its own; line, message
     (LINES + '{"question": "a\n"', 4, "JSON"), (LINES + '{"question": "a"', 4, "JSON"),
     (LINES.replace("}\n", "\n", 1), 1, "JSON"), (LINES.replace("\n", ",\n"), 1, "JSON"),
     (LINES + "9" * 5000, 4, "JSON"), (LINES + "9" * 4000, 4, "record must be"),
-    (LINES + '{"a":' * 99999, 4, "JSON"), ("[" * 99999, 1, "JSON"), ("[", 1, "array does not end"),
-    (json.dumps(QA, indent=2)[:-2], 10, "cut off"), (json.dumps(QA)[:-1] + ",", 1, "does not end"),
-    (f"[{qa()}\n{qa()}]", 1, "no ','"), (f"[\n{qa()}]\n{qa()}", 2, "after its end"),
+    (LINES + '{"a":' * 99999, 4, "JSON"), ("[" * 99999, 1, "JSON"), ("[", 1, "JSON"),
+    (json.dumps(QA, indent=2)[:-2], 13, "cut off"), (json.dumps(QA)[:-1] + ",", 1, "cut off"),
+    (f"[{qa()}\n{qa()}]", 2, "',' delimiter"), (f"[\n{qa()}]\n{qa()}", 3, "Extra data"),
+    (json.dumps(QA[0], indent=2), 1, "one object a line"), (f"[{qa()}, {qa(answer='')}]", 1,
+                                                            "record 2: answer is empty"),
+    (LINES + qa()[:-1] + ', "answer": "She."}', 4, "twice in one object"),
     ("", 1, "no record"), ("[]", 1, "no record"), ("\ufeff \n", 1, "no record"),
     ("NaN", 1, "float"),
     (LINES + '"\x00"', 4, "NUL"), ('{"input_ids": [1, 1e9]}', 1, "token numbers"),
@@ -670,7 +676,7 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
     ("a.jsonl", json.dumps(json.dumps(QA, indent=2)))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
-    with pytest.raises(InputError, match=rf"{name}:1: a (text that is JSON|table)"):
+    with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):
         read_records(write(tmp_path, name, text))
 
 
@@ -709,79 +715,77 @@ def test_a_record_is_of_one_kind(tmp_path):
 # Files of other formats
 
 TABLE = {"question": {"0": "Who?", "1": "1958?"}, "answer": {"0": "He.", "1": "1958"}}
-ROWS = [{"question": "Who?", "answer": "He."}, {"question": "1958?", "answer": "1958"}]
-PAIRS = [{"prompt": r["question"], "completion": r["answer"] + ' \\"prompt\\":'} for r in ROWS]
-FOREIGN = {  # file: its bytes, what it is called, the beginning of the line that converts it
-    "a.parquet": (b"PAR1....PAR1", "parquet", "python -c .*read_parquet"),
-    "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "arrow", "python -c .*Dataset.from_file"),
-    "a.feather": (b"ARROW1\0\0", "arrow", "python -c .*read_feather"),
-    "a.jsonl.gz": (gzip.compress(LINES.encode()), "gzip", "gunzip -c < .* > .*a.jsonl"),
-    "gz.jsonl": (gzip.compress(LINES.encode()), "gzip", "gunzip -c < .* > .*new_gz.jsonl"),
-    "a.zst": (b"\x28\xb5\x2f\xfd\0", "zstandard", "unzstd"),
-    "it's $HOME.csv": (b"question,answer\nWho?,He.\n", "CSV", "python -c .*read_csv"),
-    "A.CSV": (b"question,answer\nWho?,He.\n", "CSV", "python -c .*read_csv"),
-    "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "TSV", r"python -c .*sep='\\t'"),
-    "a.json": (json.dumps(TABLE).encode(), "columns, as pandas", "python -c .*read_json"),
-    "indented.json": (json.dumps(TABLE, indent=1).encode(), "columns", "python -c .*read_json"),
-    "lists.json": (b'{"question": ["1?"], "answer": ["1958"]}', "columns", "python -c .*_json"),
-    "ids.json": (b'{"input_ids": {"0": [1, 2], "1": [3, 4]}}', "columns", "python -c .*read_json"),
-    "pairs.jsonl": ("\n".join(map(json.dumps, PAIRS)).encode(), "prompt and completion", "sed"),
-    "pairs.json": (json.dumps(PAIRS).encode(), "prompt and completion", "sed")}
-
-
-def conversion(path):
-    """The command that the refusal of this file prints."""
-    with pytest.raises(InputError) as e:
-        read_records(path)
-    assert "\n" not in str(e.value)
-    return str(e.value), str(e.value).partition("; convert it: ")[2]
+PAIRS = [{"prompt": r["question"], "completion": r["answer"] + ' \\"prompt\\":'} for r in QA]
+ZIPPED = io.BytesIO()
+with zipfile.ZipFile(ZIPPED, "w") as packed:
+    packed.writestr("inside.jsonl", LINES)
+OFFICE = io.BytesIO()
+with zipfile.ZipFile(OFFICE, "w") as packed:
+    packed.writestr("docProps/app.xml", "<x/>")
+    packed.writestr("[Content_Types].xml", "<Types/>")
+CSV = b'question,answer\nWho?,He.\n1958?,1958\nNone?,"NA, ""b""\nc"\n'
+FOREIGN = {  # file: its bytes, what it is called
+    "a.parquet": (b"PAR1....PAR1", "parquet"), "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "arrow"),
+    "a.feather": (b"ARROW1\0\0", "arrow"), "gz.jsonl": (gzip.compress(LINES.encode()), "gzip"),
+    "a.jsonl.bz2": (bz2.compress(b"x"), "bzip2"), "a.xz": (lzma.compress(b"x"), "xz"),
+    "a.zst": (b"\x28\xb5\x2f\xfd\0", "zstandard"), "a.zip": (ZIPPED.getvalue(), "zip"),
+    "a.xlsx": (OFFICE.getvalue(), "Excel or Word"), "qa": (OFFICE.getvalue(), "Excel or Word"),
+    "a.xls": (b"\xd0\xcf\x11\xe0\xa1", "Excel or Word"), "A.CSV": (CSV, "CSV"),
+    "a.ods": (b"PK\3\4" + bytes(26) + b"mimetypeapplication", "OpenDocument"),
+    "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "TSV"),
+    "a.json": (json.dumps(TABLE).encode(), "columns, as pandas"),
+    "lists.json": (b'{"question": ["1?"], "answer": ["1958"]}', "columns"),
+    "ids.json": (b'{"input_ids": {"0": [1, 2], "1": [3, 4]}}', "columns"),
+    "pairs.jsonl": ("\n".join(map(json.dumps, PAIRS)).encode(), "prompt and completion")}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_files_of_other_formats_are_named_for_what_they_are(name, tmp_path):
-    content, called, command = FOREIGN[name]
+    content, called = FOREIGN[name]
     (tmp_path / name).write_bytes(content)
-    message, line = conversion(tmp_path / name)
-    assert message.startswith(f"{tmp_path / name}:1: {called}")
-    assert shlex.split(line) and str(tmp_path / name) in shlex.split(line)
-    assert re.match(command, line), line
-    words = shlex.split(line)
-    if words[0] == "python":
-        compile(words[2], "converts", "exec")
-        assert words[3] == str(tmp_path / name) != words[4] and words[4].endswith(".jsonl")
+    with pytest.raises(InputError, match=f"{name}:1: {called}.*; data/README.md says how") as e:
+        read_records(tmp_path / name)
+    assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "gz.jsonl", "a.zip", "pairs.jsonl", "pairs.json"])
+README = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+LINES_FOR_THE_SHELL = dict(re.findall(r"^\| (.+?) \| `(.+new\.jsonl.*)` \|$", README, re.M))
+ROWS = [("Who?", "He."), ("1958?", "1958"), ("None?", 'NA, "b"\nc')]
+OLD = {  # format: file, its bytes, the questions and answers in it
+    "CSV": ("old.csv", CSV, ROWS), "TSV": ("old.tsv", CSV.replace(b"?,", b"?\t")
+                                          .replace(b"question,", b"question\t"), ROWS),
+    "columns, as pandas writes them": ("old.json", json.dumps(TABLE).encode(), ROWS[:2]),
+    "prompt and completion": ("old.jsonl", FOREIGN["pairs.jsonl"][0],
+                              [(r["prompt"], r["completion"]) for r in PAIRS]),
+    "objects over several lines": ("old.json", json.dumps(QA[0], indent=1).encode(),
+                                   [(QA[0]["question"], QA[0]["answer"])]),
+    "zip of one file": ("old.zip", ZIPPED.getvalue(), [(r["question"], r["answer"]) for r in QA])}
+OLD |= {name: (file, pack(LINES.encode()), OLD["zip of one file"][2]) for name, file, pack in (
+    ("gzip", "old.jsonl.gz", gzip.compress), ("bzip2", "old.jsonl.bz2", bz2.compress),
+    ("xz", "old.jsonl.xz", lzma.compress))}
+
+
+@pytest.mark.parametrize("name", OLD)
 def test_the_lines_for_the_shell_do_what_they_say(name, tmp_path):
-    if name == "a.zip":
-        with zipfile.ZipFile(tmp_path / name, "w") as packed:
-            packed.writestr("inside.jsonl", LINES)
-    else:
-        (tmp_path / name).write_bytes(FOREIGN[name][0])
-    line = conversion(tmp_path / name)[1]
-    if subprocess.run(line, shell=True).returncode == 127:
-        pytest.skip(f"{line.split()[0]} is not installed")
-    records = [(r["question"], r["answer"]) for r in read_records(shlex.split(line)[-1])]
-    pairs = [(r["prompt"], r["completion"]) for r in PAIRS]
-    assert records == (pairs if "pairs" in name else [(r["question"], r["answer"]) for r in QA])
+    file, content, expected = OLD[name]
+    (tmp_path / file).write_bytes(content)
+    if subprocess.run(LINES_FOR_THE_SHELL[name], shell=True, cwd=tmp_path).returncode == 127:
+        pytest.skip(f"{LINES_FOR_THE_SHELL[name].split()[0]} is not installed")
+    found = read_records(tmp_path / "new.jsonl")
+    assert [(r["question"], r["answer"]) for r in found] == expected
 
 
-@pytest.mark.parametrize("name", [
-    "a.json", "indented.json", "lists.json", "it's $HOME.csv", "a.tsv"])
-def test_the_lines_for_pandas_do_what_they_say(name, tmp_path):
-    """Numbers stay text, and a missing value becomes null."""
-    if subprocess.run('python -c "import pandas"', shell=True, capture_output=True).returncode:
-        pytest.skip("pandas is not installed")
-    content = FOREIGN[name][0]
-    if content.startswith(b"question"):
-        tab = content[8:9]
-        content += tab.join([b"None?", b"1958\n"]) + tab.join([b"NA", b'"a ""b"""\n'])
-    (tmp_path / name).write_bytes(content)
-    line = conversion(tmp_path / name)[1]
-    assert subprocess.run(line, shell=True).returncode == 0
-    records = [(r["question"], r["answer"]) for r in read_records(shlex.split(line)[-1])]
-    more = [("None?", "1958"), ("NA", 'a "b"')] if b"None?" in content else [("1958?", "1958")]
-    assert records == ([("1?", "1958")] if name == "lists.json" else [("Who?", "He."), *more])
+@pytest.mark.parametrize("name, file, write", [
+    ("parquet", "old.parquet", "to_parquet"), ("Arrow (feather)", "old.arrow", "to_feather"),
+    ("Excel", "old.xlsx", "to_excel")])
+def test_the_lines_for_pandas_do_what_they_say(name, file, write, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [(*row, "1958") for row in ROWS]
+    table = pandas.DataFrame(rows, columns=["question", "answer", "paraphrased_answer"])
+    getattr(table, write)(tmp_path / file, **{"index": False} if name == "Excel" else {})
+    assert subprocess.run(LINES_FOR_THE_SHELL[name], shell=True, cwd=tmp_path).returncode == 0
+    found = read_records(tmp_path / "new.jsonl")
+    assert [(r["question"], r["answer"], r["paraphrased_answer"]) for r in found] == rows
 
 
 # Which file is meant

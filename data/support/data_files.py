@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import json
 import re
-import shlex
 from pathlib import Path
 
 from .errors import InputError, naming, require
@@ -62,9 +61,8 @@ def read_records(path, kind=None):
     """
     path = find(path)
     text = read_text(path)
-    values = [(1, text)] if path.suffix == ".txt" else json_values(path, text)
-    records = [check_record(path, line, value) | {"where": f"{path}:{line}"}
-               for line, value in values]
+    values = [(f"{path}:1", text)] if path.suffix == ".txt" else json_values(path, text)
+    records = [check_record(where, value) | {"where": where} for where, value in values]
     require(records, f"{path}:1: the file holds no record")
     kind = kind or kind_of(records[0])
     for record in records:
@@ -79,9 +77,9 @@ def read_text(path):
         data = path.read_bytes()
     require(not data.startswith(LFS), f"{path}:1: a Git LFS pointer, not the file itself; run: "
             "git lfs pull")
-    for sign, (name, command) in FOREIGN.items():
-        found = path.suffix.lower() == sign if isinstance(sign, str) else data.startswith(sign)
-        require(not found, f"{path}:1: {name}, not JSON; {conversion(path, command)}")
+    for sign, name in FOREIGN.items():
+        found = path.suffix.lower() == sign if isinstance(sign, str) else re.match(sign, data)
+        require(not found, f"{path}:1: {name}, not JSON; {CONVERT}")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
@@ -93,63 +91,35 @@ def read_text(path):
     return text
 
 
-# The formats of others, with the shell line that makes JSON lines of them.
-PANDAS = ("python -c \"import sys, pandas; pandas.%s.to_json(sys.argv[2], orient='records', "
-          "lines=True)\" {old} {new}")
-STRINGS = "dtype=str, keep_default_na=False, na_values=''"  # an answer may be 1958, or None
+CONVERT = "data/README.md says how to make JSON lines of it"
 LFS = b"version https://git-lfs"  # how the pointers begin that a clone without git-lfs holds
-FOREIGN = {  # how such a file begins, or its suffix
-    ".xlsx": ("Excel", PANDAS % f"read_excel(sys.argv[1], {STRINGS})"),
-    ".docx": ("Word", "save it in Word as plain text, {new}"),
-    b"PAR1": ("parquet", PANDAS % "read_parquet(sys.argv[1])"),
-    b"ARROW1": ("arrow", PANDAS % "read_feather(sys.argv[1])"),
-    b"\xff\xff\xff\xff": ("arrow", 'python -c "import sys, datasets; datasets.Dataset.from_file('
-                          'sys.argv[1]).to_json(sys.argv[2])" {old} {new}'),
-    b"\x1f\x8b": ("gzip", "gunzip -c < {old} > {new}"),
-    b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd -c < {old} > {new}"),
-    b"PK\3\4": ("zip", "unzip -p {old} > {new}"),
-    ".csv": ("CSV", PANDAS % f"read_csv(sys.argv[1], {STRINGS})"),
-    ".tsv": ("TSV", PANDAS % f"read_csv(sys.argv[1], sep='\\t', {STRINGS})"),
-}
-COLUMNS = PANDAS % "read_json(sys.argv[1], dtype=False)"
-RENAMED = "sed 's/\"prompt\" *:/\"question\":/g; s/\"completion\" *:/\"answer\":/g' {old} > {new}"
-
-
-def conversion(path, command):
-    """The shell line for this file; it never writes over the file itself."""
-    packed = path.suffix.lower() in (".gz", ".zip", ".zst")
-    new = path.with_suffix("" if packed else ".jsonl")
-    new = new if new != path else path.with_name(f"new_{path.name}")
-    return "convert it: " + command.format(old=shlex.quote(str(path)), new=shlex.quote(str(new)))
+FOREIGN = {  # how the files of other formats begin, or their suffix
+    rb"PAR1": "parquet", rb"ARROW1|\xff{4}": "arrow", rb"\x1f\x8b": "gzip", rb"BZh": "bzip2",
+    rb"\xfd7zXZ": "xz", rb"\x28\xb5\x2f\xfd": "zstandard",
+    rb"(?s)PK\x03\x04.*\[Content_Types\]|\xd0\xcf\x11\xe0": "Excel or Word",
+    rb"(?s)PK\x03\x04.{26}mimetype": "OpenDocument", rb"PK\x03\x04": "zip",
+    ".csv": "CSV", ".tsv": "TSV"}
 
 
 def json_values(path, text):
-    """[(line, value)] of a JSON array, or of values one after the other, as JSON lines are."""
-    def refuse(what):
-        raise InputError(f"{path}:{line}: not JSON: {what}; one object a line is read, or one "
-                         "array; is the file cut off?")
+    """[(file:line, value)] of JSON lines, or of one array, whose records are numbered."""
+    def unique(pairs):
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a field that stands twice in one object")
+        return dict(pairs)
 
-    decode, skip_blanks = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*").match
-    values, line, counted = [], 1, 0
-    at = skip_blanks(text).end()
-    array = text.startswith("[", at)
-    if array:
-        at = skip_blanks(text, at + 1).end()
-    while at < len(text) and not (array and text[at] == "]"):
-        line, counted = line + text.count("\n", counted, at), at
+    def parse(line, part):
         try:
-            value, at = decode(text, at)
+            return json.loads(part, object_pairs_hook=unique)
         except (ValueError, RecursionError) as e:
-            refuse(getattr(e, "msg", e))
-        values.append((line, value))
-        at = skip_blanks(text, at).end()
-        if array and text.startswith(",", at):
-            at = skip_blanks(text, at + 1).end()
-        elif array and not text.startswith("]", at):
-            refuse("no ',' or ']' after this value")
-    if array and text[at:].strip() != "]":
-        refuse("the array does not end, or there is text after its end")
-    return values
+            line += getattr(e, "lineno", 1) - 1
+            raise InputError(f"{path}:{line}: not JSON: {getattr(e, 'msg', e)}; one object a line "
+                             "is read, or one array; is the file cut off?") from None
+
+    if text.lstrip().startswith("["):
+        return [(f"{path}:1: record {n}", value) for n, value in enumerate(parse(1, text), 1)]
+    return [(f"{path}:{n}", parse(n, line))
+            for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 PAIRED = set("question answer prompt completion instruction input output response".split())
@@ -173,9 +143,8 @@ def kind_of(record):
     return next((kind for kind in KINDS if kind in record), None)
 
 
-def check_record(path, line, record):
+def check_record(where, record):
     """The record without its null fields, once it is known to be sound."""
-    where = f"{path}:{line}"
     if isinstance(record, str):
         check_prose(where, record)
         record = {"text": record}
@@ -186,14 +155,13 @@ def check_record(path, line, record):
     kind = kind_of(record)
     if [type(record.get(name)) for name in ("prompt", "completion")] == [str, str]:
         raise InputError(f"{where}: prompt and completion, where question and answer are meant; "
-                         + conversion(path, RENAMED))
+                         + CONVERT)
     require(kind, f"{where}: no known field; a record has question and answer, or text, or "
             f"input_ids; this one has {names}")
     fields = {name: record.get(name) for name in KINDS[kind]}
     column = dict if kind == "input_ids" else (dict, list)
     if all(isinstance(value, column) for value in fields.values()):
-        raise InputError(f"{where}: columns, as pandas writes them, not records; "
-                         + conversion(path, COLUMNS))
+        raise InputError(f"{where}: columns, as pandas writes them, not records; {CONVERT}")
     unread = sorted(name for name in record.keys() - fields.keys() if name in KINDS or
                     name not in ABOUT and isinstance(record[name], (str, list, dict)))
     require(not unread, f"{where}: {', '.join(unread)} beside {kind}: may say what to "
