@@ -846,8 +846,8 @@ def test_killed_in_the_middle_of_writing(world, undisturbed, tmp_path):
     """Before and after each kind of call that changes the disk: at the start, in saving, and in
     finishing."""
     starting = [("pathlib.Path.mkdir", 1), ("os.replace", 1), ("os.replace", 2)]
-    saving = [("data.support.run_folder.save_file", 2), ("os.fsync", 5), ("os.fsync", 7), ("os.replace", 4),
-              ("shutil.rmtree", 6), ("pathlib.Path.unlink", 1)]
+    saving = [("data.support.run_folder.save_file", 2), ("os.fsync", 5), ("os.fsync", 7),
+              ("os.replace", 4), ("shutil.rmtree", 6), ("pathlib.Path.unlink", 1)]
     finishing = [("os.replace", 6), ("os.replace", 7), ("data.support.run_folder.tidy", 1)]
     output = tmp_path / "run"
     for name, count in starting + saving + finishing:
@@ -906,9 +906,8 @@ def limit_files(size):
 
 @pytest.mark.parametrize("save_every, interfere", [
     *((1, (fail_at, *call)) for call in [
-        ("data.support.run_folder.save_file", 1), ("data.support.run_folder.save_file", 4), ("os.fsync", 9), ("os.replace", 8),
-        ("os.replace", 1),
-        ("os.replace", 2), ("os.replace", 6), ("pathlib.Path.write_text", 1),
+        ("data.support.run_folder.save_file", 1), ("data.support.run_folder.save_file", 4),
+        ("os.fsync", 9), ("os.replace", 8), ("os.replace", 1), ("os.replace", 2), ("os.replace", 6), ("pathlib.Path.write_text", 1),
         ("pathlib.Path.mkdir", 9)]),
     *((0, (limit_files, size)) for size in (1000, 3000, 8000, 50_000)),
     (1, (limit_files, 200_000))],

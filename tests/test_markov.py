@@ -1,4 +1,4 @@
-"""tests/studies/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
+"""studies/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
 the code reads them."""
 
 import json
