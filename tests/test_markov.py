@@ -1,5 +1,5 @@
-"""studies/make_markov.py: its sequences against the chains' stated probabilities, and that the rest of
-the code reads them."""
+"""studies/make_markov.py: its sequences against the chains' stated probabilities, and that the
+rest of the code reads them."""
 
 import json
 import math
