@@ -56,7 +56,31 @@ LOSSES = {
     "npo": Loss(lambda y, args: npo_loss(y.logps, y.ref_logps, args.beta),
                 {"beta": 0.1, "forget_weight": 1.0}, needs_reference=True),
     "ga": Loss(lambda y, args: grad_ascent_loss(y.logps, y.lengths), {"forget_weight": 1.0}),
+    # Weighted gradient ascent (Wang et al., arXiv 2502.19301): sg(p^beta) log p, a mean over tokens
+    "wga": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta),
+                {"beta": 1.0, "forget_weight": 1.0}),
+    # SatImp (Yang et al., arXiv 2505.11953): sg(p^beta (1 - p)^beta2) log p
+    "satimp": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta * (1-p)**args.beta2),
+                   {"beta": 5.0, "forget_weight": 0.1}),
+    # CE-U (Yang, arXiv 2503.01224) has the gradient of -log(1 - p), from the first answer token on
+    "ceu": Loss(lambda y, args: token_means(-log_complement(y.tokens), y.lengths),
+                {"forget_weight": 1.0}),
 }
+
+
+def weighted_ascent(y, weight):
+    """Mean over each answer's tokens of weight(p) log p, the weight without gradient: (B,)."""
+    return token_means(weight(y.tokens.detach().exp()) * y.tokens, y.lengths)
+
+
+def token_means(values, lengths):
+    """Mean of each answer's token values: (N,), (B,) -> (B,)."""
+    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+
+
+def log_complement(logps):
+    """log(1 - p) of each log p; at most log p = -1e-7, the nearest to 0 that fp32 tells apart."""
+    return (-logps.clamp(max=-1e-7).expm1()).log()
 
 
 # The run

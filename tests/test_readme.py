@@ -1,6 +1,7 @@
 """The README's snippets, run as they are printed; and what it says of copying half of simnpo.py."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_the_upper_part_of_simnpo_stands_alone(model):
 
 
 def test_adding_a_loss(tmp_path, monkeypatch):
-    """OpenUnlearning's weighted gradient ascent: first loss against the formula on full logits."""
+    """SimNPO of sums: the first loss against the formula on full logits."""
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
     write_model(tmp_path / "model")
@@ -112,7 +113,7 @@ def test_adding_a_loss(tmp_path, monkeypatch):
         targets = torch.tensor(e.input_ids[e.start:])
         logits = model(torch.tensor([e.input_ids])).logits[0, e.start - 1:-1]
         logps = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        expected.append((logps.exp() * logps).mean().item())
+        expected.append(2 / 0.3 * math.log1p(math.exp(0.3 * logps.sum().item())))
     steps = [line for line in log(tmp_path / "out") if "lr" in line]
     assert steps[0]["forget_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert len(steps) == 2

@@ -112,6 +112,7 @@ def add_options(parser, losses):
       "start model) keeps a frozen copy")
     a("--beta", type=number(float, above=0), help="default 2.5 (paper, TOFU forget05); NPO 0.1")
     a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
+    a("--beta2", type=number(float, low=0), default=1.0, help="satimp's exponent of 1 - p, default 1")
     a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU "
       "forget05); NPO and ga 1")
     a("--retain-weight", type=number(float, low=0), default=1.0, help="default 1")
