@@ -18,6 +18,7 @@ import time
 from typing import Any, Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import GenerationConfig
@@ -30,8 +31,8 @@ from data.support.models import (check_mergeable, check_savable, context_length,
                                  load_start, merged, rope_borders, savable_tensors, vocabulary)
 from data.support.optim import MOMENTS, StochasticAdamW
 from data.support.options import DTYPES, training_options
-from simnpo import (answer_token_kl, answer_token_logps, check_head, grad_ascent_loss, npo_loss,
-                    simnpo_loss, sum_answers)
+from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad_ascent_loss,
+                    head_logits, npo_loss, simnpo_loss, sum_answers)
 
 
 # The losses to choose from. One entry is all that another one needs.
@@ -320,6 +321,24 @@ class Objective(nn.Module):
             if kl:
                 return answer_token_kl(self.model, self.reference, input_ids, labels)
             return answer_token_logps(self.model, input_ids, labels)
+
+
+def answer_token_kl(model, reference, input_ids, labels):
+    """KL(reference || model) at every answer token: (B,T), (B,T) -> (N,). Like
+    answer_token_logps it never holds (B,T,V); no gradient reaches the reference."""
+    def log_softmax(logits):
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def chunk_kl(head, hidden, ref_hidden):
+        with torch.no_grad():
+            ref = log_softmax(head_logits(reference, ref_hidden))
+        logps = log_softmax(head_logits(model, hidden, head))
+        return F.kl_div(logps, ref, reduction="none", log_target=True).sum(-1)
+
+    hidden, _ = answer_hidden(model, input_ids, labels)
+    with torch.no_grad():
+        ref_hidden, _ = answer_hidden(reference, input_ids, labels)
+    return chunked(chunk_kl, model, hidden, ref_hidden)
 
 
 def build(args):

