@@ -2,7 +2,6 @@
 
     python eval.py MODEL --forget data/tofu/forget05 --reference RETAIN    TOFU
     python eval.py MODEL --muse data/muse/news                             MUSE
-    python eval.py MODEL --kl FILE ... --reference OTHER                   KL(OTHER || MODEL)
     python eval.py runs/a/eval.json runs/b/eval.json                       what was measured before
 
 MODEL is a folder or hub name of a causal model, an eval.json written here, TOFU's
@@ -10,36 +9,35 @@ eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json. Every per-example v
 texts included, is kept in an eval.json in the model's folder (for a hub name in runs/) and not
 measured again. On the built-in data the target and a retain-only model are shown unasked.
 
-Reading order: metrics, scoring, generation, TOFU, MUSE, KL, from arguments to the table.
+Reading order: metrics, scoring, generation, TOFU and the rows of its table, MUSE, does it come back
+(--quantize, --samples), the flags, from arguments to the table.
 """
 
-if __name__ == "__main__":
-    from data.support import startup
-    startup.prepare()
+import data.support  # first: it sets what OpenMP reads while torch loads
 
 import math
+import os
 import re
 import sys
+import zlib
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.nn.functional import pad
 
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
-                       front_of, length_batches, read_records, to_examples)
+                       front_of, length_batches, to_examples)
 from data.support import distributed, evaluations, miniature
 from data.support.data_files import muse_records, require_fit, tofu_files, tofu_records
 from data.support.distributed import progress, spread
-from data.support.errors import naming, one_line_errors, require
-from data.support.evaluations import Undefined, attempt, column, finite, given, mean
-from data.support.generation import Finite, decode, generation_batches
-from data.support.models import (check_generation, context_length, load_pretrained,
-                                 load_skeleton, rope_borders, vocabulary)
-from data.support.official_logs import check_reference
-from data.support.options import DTYPES, evaluation_options
+from data.support.errors import Parser, blame, nonempty, number, one_line_errors, require
+from data.support.evaluations import Evaluation, check_reference
+from data.support.models import (Finite, check_generation, context_length, decode,
+                                 generation_batches, load_pretrained, rope_borders, vocabulary)
 from data.support.porter import stem as porter_stem
-from simnpo import answer_hidden, answer_kl, check_head, chunk_rows, head_logits
+from simnpo import answer_hidden, check_head, chunk_rows, head_logits
 
 
 # Metrics: plain functions on lists or 1-d tensors of numbers.
@@ -55,15 +53,12 @@ def rouge_l(prediction, reference, stem):
                      for text in (prediction, reference))
     if not words or not wanted:
         return 0.0, 0.0, 0.0
-    places = {}
-    for i, word in enumerate(wanted):
-        places[word] = places.get(word, 0) | 1 << i
-    # Hyyro 2004: a row of the table in one integer, with a 0 bit where the length grows
-    row = full = (1 << len(wanted)) - 1
+    row = [0] * (len(wanted) + 1)  # row[j]: longest common subsequence with the first j wanted
     for word in words:
-        hits = row & places.get(word, 0)
-        row = ((row + hits) | (row - hits)) & full
-    common = len(wanted) - row.bit_count()
+        before, row = row, [0]
+        for j, other in enumerate(wanted):
+            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+    common = row[-1]
     precision, recall = common / len(words), common / len(wanted)
     return precision, recall, 2 * precision * recall / (precision + recall) if common else 0.0
 
@@ -86,13 +81,11 @@ def ks_two_sample(a, b):
         raise ValueError("the KS test needs two samples without NaN")
     # D in units of 1/(m n)
     gap = max(abs(bisect_right(a, x) * n - bisect_right(b, x) * m) for x in a + b)
-    inside = [1] + [0] * n  # inside[j]: paths to (i, j) within the band
+    inside = [1] + [0] * n  # inside[j]: how many paths lead to (i, j) within the band
     for i in range(m + 1):
-        # the j with |i n - j m| < gap
-        low, high = max(0, (i * n - gap) // m + 1), min(n, -((-i * n - gap) // m) - 1)
-        inside = ([0] * low + inside[low:high + 1] + [0] * n)[:n + 1]
-        for j in range(max(low, 1), high + 1):
-            inside[j] += inside[j - 1]
+        for j in range(n + 1):
+            ways = inside[j] + (inside[j - 1] if j else 0)
+            inside[j] = ways if abs(i * n - j * m) < gap else 0
     paths = math.comb(m + n, n)
     return gap / (m * n), (paths - inside[n]) / paths if gap else 1.0
 
@@ -125,11 +118,16 @@ def forget_quality(r_model, r_reference):
     return ks_two_sample(r_model, r_reference)[1]
 
 
+def harmonic_mean(parts):
+    """n / sum of 1/x over n numbers; 0 where one of them is."""
+    parts = [float(x) for x in parts]
+    return 0.0 if 0 in parts else len(parts) / sum(1 / x for x in parts)
+
+
 def model_utility(parts):
     """TOFU's model utility: the harmonic mean of {probability, ROUGE-L, truth ratio} x {retain,
     real authors, world facts}."""
-    parts = [float(x) for x in parts]
-    return 0.0 if 0 in parts else len(parts) / sum(1 / x for x in parts)
+    return harmonic_mean(parts)
 
 
 def exact_memorization(right):
@@ -147,19 +145,81 @@ def extraction_strength(right):
     return 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
 
 
-def min_k(logps, share=0.4, least=0):
-    """Min-K% score (Shi et al. 2023): minus the mean of the lowest 40% of the token
-    log-probabilities, of `least` tokens at least."""
-    lowest = sorted(map(float, logps))[:max(least, int(len(logps) * share))]
+def min_k(scores, share=0.4, least=0):
+    """Minus the mean of the lowest 40% of a text's token scores, of `least` tokens at least: Min-K%
+    (Shi et al. 2023) of log-probabilities, Min-K%++ (Zhang et al. 2024) of standardized ones."""
+    lowest = sorted(map(float, scores))[:max(least, int(len(scores) * share))]
     return -sum(lowest) / len(lowest) if lowest else math.nan
+
+
+def privleak(auc, auc_retrain):
+    """MUSE's PrivLeak in percent: 0 where forget and holdout differ as for a retrained model."""
+    if not auc_retrain:
+        raise Undefined("the reference's AUC is 0")
+    return 100 * (auc - auc_retrain) / auc_retrain
+
+
+def leak_at_k(scores, k):
+    """Expected best score of k draws without replacement from a question's sampled answers: the
+    j-th lowest of n is the best of C(j-1, k-1) of the C(n, k) choices."""
+    ordered = sorted(scores)
+    ways = sum(math.comb(j - 1, k - 1) * s for j, s in enumerate(ordered, 1))
+    return ways / math.comb(len(ordered), k)
+
+
+# From a model's records to numbers, or to the reason why there is none
+
+class Undefined(Exception):
+    """A metric has no value; the message says why. It becomes a footnote of the table."""
+
+
+def attempt(function, *args):
+    """The function's value, or the reason why there is none."""
+    try:
+        return function(*args)
+    except Undefined as reason:
+        return str(reason)
+
+
+def field_of(values, split, field):
+    """A field of every record of a split; raises Undefined unless each has a value."""
+    records = values.get(split, [])
+    if split == "holdout" and not records:
+        raise Undefined("needs a holdout beside the forget set (forget05: holdout05)")
+    if not records or any(field not in record for record in records):
+        raise Undefined("its file does not hold this")
+    lost = [record for record in records if record[field] is None]
+    if lost:
+        why = "not finite (NaN), or no room in the model's context,"
+        if field.startswith("rouge") and lost[0].get("generated") is not None:
+            why = "ROUGE knows a-z and 0-9 only, and there is none in the answer"
+        raise Undefined(f"{why} for {len(lost)} of {len(records)} {split} examples")
+    return [record[field] for record in records]
+
+
+def mean(values, split, field, transform=float):
+    kept = field_of(values, split, field)
+    return math.fsum(map(transform, kept)) / len(kept)
+
+
+def given(reference):
+    if reference is None:
+        raise Undefined("needs a retain-only model: --reference MODEL, eval.json or official log")
+    return reference
+
+
+def finite(x):
+    """None in place of what JSON cannot hold."""
+    return x if x is not None and math.isfinite(x) else None
 
 
 # Scoring: answers of all questions together, by length, padded right, logits at answer positions.
 
 @torch.inference_mode()
 def score_answers(model, examples, max_tokens):
-    """(logps, right) of each Example, in order: the log-probability of each answer token, and
-    whether it is the argmax."""
+    """(logps, right, standard) of each Example, in order, a number an answer token: its
+    log-probability; whether it is the argmax; its log-probability standardized over the vocabulary,
+    (log p - mu)/sigma with sigma^2 >= 1e-6 (Min-K%++)."""
     scores = [None] * len(examples)
     rows = chunk_rows(model)
     lengths = [len(e.input_ids) for e in examples]
@@ -169,26 +229,31 @@ def score_answers(model, examples, max_tokens):
         hidden, targets = answer_hidden(model, ids, labels)
         parts = []
         for h, wanted in zip(hidden.split(rows), targets.split(rows)):
-            logits = head_logits(model, h).float()
-            logps = -cross_entropy(logits, wanted, reduction="none")
-            parts.append((logps, logits.argmax(-1) == wanted))
-        logps, right = (torch.cat(x).cpu() for x in zip(*parts))
+            every = head_logits(model, h).float().log_softmax(-1)  # each word's log-probability
+            p = every.exp()
+            mu, square = (p * every).nansum(-1), (p * every.square()).nansum(-1)
+            logps = every.gather(1, wanted[:, None])[:, 0]
+            standard = (logps - mu) / (square - mu.square()).clamp(min=1e-6).sqrt()
+            parts.append((logps, every.argmax(-1) == wanted, standard))
         counts = [lengths[i] - examples[i].start for i in batch]
-        for i, score in zip(batch, zip(logps.split(counts), right.split(counts))):
+        columns = (torch.cat(part).cpu().split(counts) for part in zip(*parts))
+        for i, score in zip(batch, zip(*columns)):
             scores[i] = score
     return scores
 
 
-# Generation: greedy, by transformers, in batches of prompts of like length.
+# Generation by transformers, in batches of prompts of like length.
 
 @torch.inference_mode()
-def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=()):
-    """Greedy continuations of tokenized prompts, in order: lists of new token ids without the end.
+def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sample=False):
+    """Greedy continuations of tokenized prompts (or sampled ones, at temperature 1 and top-p 1), in
+    order: lists of new token ids without the end.
 
-    `ends` are token ids that end a continuation beside the model's own and the EOS. What the
-    model's generation_config asks of greedy decoding (a repetition penalty, suppressed tokens)
-    holds. None where logits are not finite or the prompt leaves no room in the model's context.
+    `ends` are token ids that end a continuation beside the model's own and the EOS. What else the
+    model's generation_config asks (a repetition penalty, suppressed tokens) holds. None where
+    logits are not finite or the prompt leaves no room in the model's context.
     """
+    how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0) if sample else {}
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     ends = sorted({tokenizer.eos_token_id, *ends, *own} & {*range(vocabulary(model))})
@@ -200,12 +265,12 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=()):
         mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
         ids, mask = (torch.tensor(x, device=model.device) for x in (rows, mask))
         watch = Finite()
-        new = model.generate(ids, attention_mask=mask, max_new_tokens=room[batch[0]],
-                             do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=ends[0],
-                             logits_processor=[watch], tokenizer=tokenizer,
-                             return_dict_in_generate=False)[:, width:].tolist()
+        new = model.generate(ids, attention_mask=mask, max_new_tokens=room[batch[0]], num_beams=1,
+                             eos_token_id=ends, pad_token_id=ends[0], logits_processor=[watch],
+                             tokenizer=tokenizer, return_dict_in_generate=False,
+                             **{"do_sample": False, **how})[:, width:].tolist()
         for i, tokens, sound in zip(batch, new, torch.stack(watch.finite, 1).tolist()):
-            end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+            end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
             results[i] = tokens[:end] if all(sound[:end + 1]) else None
     return results
 
@@ -237,19 +302,28 @@ def evaluate_tofu(model, tokenizer, data, options):
     said = iter(zip(decode(tokenizer, new), map(tokenizer.decode, prompts)))
     values = {split: [] for split in data}
     for split, record, place in questions:
-        logps = scores[place][0][0].tolist()  # of the true answer
-        kept = {"question": record["question"], "answer": record["answer"],
-                "min_k": finite(min_k(logps[:-1], least=1))}  # without the end: OpenUnlearning
+        kept = {"question": record["question"], "answer": record["answer"]}
+        if split in ("forget", "holdout"):
+            kept |= attacks(record["answer"], *scores[place][0])
         if split != "holdout":
             kept |= tofu_record(split, record, scores[place], *next(said))
         values[split].append(kept)
     return values
 
 
+def attacks(answer, logps, right, standard):
+    """Membership scores of a true answer, low where it was trained on, by OpenUnlearning's
+    definitions: LOSS and zlib of all tokens, Min-K% and Min-K%++ without the end."""
+    loss = -logps.double().mean().item()
+    return {"loss": finite(loss), "zlib": finite(loss / len(zlib.compress(answer.encode()))),
+            "min_k": finite(min_k(logps.tolist()[:-1], least=1)),
+            "min_k_plus": finite(min_k(standard.tolist()[:-1], least=1))}
+
+
 def tofu_record(split, record, scores, text, prompt):
     """What is kept of one question. nll are means per token, in nats, the end included;
     memorization leaves it out."""
-    nll, *others = (-logps.double().mean().item() for logps, _ in scores)
+    nll, *others = (-logps.double().mean().item() for logps, _, _ in scores)
     paraphrased = others.pop(0) if "paraphrased_answer" in record else nll
     right = scores[0][1][:-1].tolist() if math.isfinite(nll) else []
     return {"prompt": prompt, "generated": text, "tokens": len(scores[0][0]),
@@ -269,27 +343,21 @@ def tofu_values(split, nll, paraphrased_nll, perturbed_nlls):
     nlls = {"nll": finite(nll), "paraphrased_nll": finite(paraphrased_nll),
             "perturbed_nll": list(map(finite, perturbed_nlls))}
     if None in (nlls["nll"], nlls["paraphrased_nll"], *nlls["perturbed_nll"]):
-        names = ("probability", "paraphrased_probability", "truth_ratio", "knowledge")
-        return nlls | dict.fromkeys(names)
-    false_nll = math.fsum(perturbed_nlls) / len(perturbed_nlls)  # of their geometric mean
-    among_options = split in ("real_authors", "world_facts")
-    probability = share_of_truth(nll, perturbed_nlls) if among_options else math.exp(-nll)
+        return nlls | dict.fromkeys(["probability", "paraphrased_probability", "truth_ratio"])
+    probability = math.exp(-nll)
+    if split in ("real_authors", "world_facts"):  # p / (p + sum of the false answers' p)
+        options = torch.tensor([nll, *perturbed_nlls], dtype=torch.float64)
+        probability = options.neg().softmax(0)[0].item()  # right where all of them underflow
     return {**nlls, "probability": probability,
             "paraphrased_probability": math.exp(-paraphrased_nll),
-            "truth_ratio": truth_ratio(paraphrased_nll, perturbed_nlls),
-            "knowledge": share_of_truth(paraphrased_nll, [false_nll])}
-
-
-def share_of_truth(nll, false_nlls):
-    """p / (p + sum of the false answers' p), each exp(-nll); right where all of them underflow."""
-    return torch.tensor([nll, *false_nlls], dtype=torch.float64).neg().softmax(0)[0].item()
+            "truth_ratio": truth_ratio(paraphrased_nll, perturbed_nlls)}
 
 
 # The rows of TOFU's table: a function of the model's values and the reference's (None without one).
 
-def per(split, field, transform=float, scale=1):
+def per(split, field, transform=float):
     """The row with the mean of a field over a split."""
-    return lambda values, reference: scale * mean(values, split, field, transform)
+    return lambda values, reference: mean(values, split, field, transform)
 
 
 def closeness(r):
@@ -302,36 +370,50 @@ def preference(r):
     return max(0.0, 1 - 1 / r) if r else 0.0
 
 
+def knowledge(r):
+    """R/(1+R) = p/(p + geometric mean of the false answers' p): OpenUnlearning's prob_mean."""
+    return r / (1 + r)
+
+
 def comparing(function):
     """The row of a function of the truth ratios R on forget, the model's and the reference's."""
-    return lambda values, reference: function(column(values, "forget", "truth_ratio"),
-                                              column(given(reference), "forget", "truth_ratio"))
+    return lambda values, reference: function(field_of(values, "forget", "truth_ratio"),
+                                              field_of(given(reference), "forget", "truth_ratio"))
 
 
 def utility(values, reference):
     return model_utility(row(values, reference) for row in UTILITY.values())
 
 
-def forget_auc(values, reference):
-    """P(a holdout question's Min-40% score < a forget question's)."""
-    return auroc(column(values, "forget", "min_k"), column(values, "holdout", "min_k"))
+def memorization(values, reference):
+    """OpenUnlearning's memorization score: 1 where nothing is memorized."""
+    names = ("forget extraction strength", "forget exact memorization",
+             "forget paraphrase probability", "forget knowledge score")
+    return harmonic_mean(1 - TOFU_ROWS[name](values, reference) for name in names)
+
+
+def forget_auc(field):
+    """The row of P(a holdout question's score < a forget question's)."""
+    return lambda values, reference: auroc(field_of(values, "forget", field),
+                                           field_of(values, "holdout", field))
 
 
 def forget_privleak(values, reference):
-    return privleak(forget_auc(values, None), forget_auc(given(reference), None))
+    auc = forget_auc("min_k")
+    return privleak(auc(values, None), auc(given(reference), None))
 
 
-def privleak(auc, auc_retrain):
-    """MUSE's PrivLeak in percent: 0 where forget and holdout differ as for a retrained model."""
-    if not auc_retrain:
-        raise Undefined("the reference's AUC is 0")
-    return 100 * (auc - auc_retrain) / auc_retrain
-
-
-PARTS = {"probability": ("probability",), "ROUGE-L recall": ("rouge_l_recall",),
-         "truth ratio": ("truth_ratio", preference)}
-UTILITY = {f"{split.replace('_', ' ')} {name}": per(split, *what)
-           for split in ("retain", "real_authors", "world_facts") for name, what in PARTS.items()}
+UTILITY = {
+    "retain probability": per("retain", "probability"),
+    "retain ROUGE-L recall": per("retain", "rouge_l_recall"),
+    "retain truth ratio": per("retain", "truth_ratio", preference),
+    "real authors probability": per("real_authors", "probability"),
+    "real authors ROUGE-L recall": per("real_authors", "rouge_l_recall"),
+    "real authors truth ratio": per("real_authors", "truth_ratio", preference),
+    "world facts probability": per("world_facts", "probability"),
+    "world facts ROUGE-L recall": per("world_facts", "rouge_l_recall"),
+    "world facts truth ratio": per("world_facts", "truth_ratio", preference),
+}
 TOFU_ROWS = {
     "forget quality (KS p)": comparing(forget_quality),
     "forget quality (KS D)": comparing(lambda a, b: ks_two_sample(a, b)[0]),
@@ -341,20 +423,27 @@ TOFU_ROWS = {
     "forget paraphrase probability": per("forget", "paraphrased_probability"),
     "forget ROUGE-L recall": per("forget", "rouge_l_recall"),
     "forget truth ratio": per("forget", "truth_ratio", closeness),
-    "forget knowledge score": per("forget", "knowledge"),
-    "retain knowledge score": per("retain", "knowledge"),
+    "forget knowledge score": per("forget", "truth_ratio", knowledge),
+    "retain knowledge score": per("retain", "truth_ratio", knowledge),
     "forget extraction strength": per("forget", "extraction_strength"),
     "forget exact memorization": per("forget", "exact_memorization"),
     "retain extraction strength": per("retain", "extraction_strength"),
     "retain exact memorization": per("retain", "exact_memorization"),
+    "memorization score": memorization,
     "forget PrivLeak": forget_privleak,
-    "forget/holdout AUC": forget_auc,
+    "forget/holdout AUC": forget_auc("min_k"),
+    "forget/holdout AUC, Min-K++": forget_auc("min_k_plus"),
+    "forget/holdout AUC, LOSS": forget_auc("loss"),
+    "forget/holdout AUC, zlib": forget_auc("zlib"),
 }
 
 
 def tofu_metrics(values, reference):
     """The column of one model: {row: number, or the reason why there is none}."""
-    return {name: attempt(row, values, reference) for name, row in TOFU_ROWS.items()}
+    drawn = len(values["sampled"][0]["recalls"]) if values.get("sampled") else 0
+    counts = dict.fromkeys([*(4**i for i in range(drawn) if 4**i < drawn), *[drawn] * bool(drawn)])
+    rows = TOFU_ROWS | {f"forget leak@{k}": per("sampled", "recalls", best_of(k)) for k in counts}
+    return {name: attempt(row, values, reference) for name, row in rows.items()}
 
 
 # MUSE
@@ -372,7 +461,7 @@ def evaluate_muse(model, tokenizer, data, options):
 
     def score(examples):
         """As score_answers; where a text is longer than the context, NaN."""
-        room, lost = context_length(model), (torch.tensor([math.nan]), torch.tensor([False]))
+        room, lost = context_length(model), torch.tensor([[math.nan], [False], [math.nan]])
         fitting = [e for e in examples if len(e.input_ids) <= room]
         scores = iter(spread(score_answers, model, fitting, options.max_tokens))
         return [next(scores) if len(e.input_ids) <= room else lost for e in examples]
@@ -384,7 +473,7 @@ def evaluate_muse(model, tokenizer, data, options):
                     clean_up_tokenization_spaces=True)
     texts = continuations([r["prompt"] for r in records], 128)
     strengths = [extraction_strength(right.tolist()) if logps.isfinite().all() else None
-                 for logps, right in score(recitals(tokenizer, records))]
+                 for logps, right, _ in score(recitals(tokenizer, records))]
     values["verbmem"] = [
         muse_record(r["prompt"], answer, text) | {"extraction_strength": strength}
         for r, answer, text, strength in zip(records, wanted, texts, strengths)]
@@ -400,7 +489,7 @@ def evaluate_muse(model, tokenizer, data, options):
         examples = to_examples(data[f"privleak/{split}"], tokenizer, 2**31, Prompt(),
                                vocabulary(model))
         values[f"privleak_{split}"] = [{"min_40": finite(min_k(logps.tolist()))}
-                                       for logps, _ in score(examples)]
+                                       for logps, _, _ in score(examples)]
     return values
 
 
@@ -425,8 +514,8 @@ def encode_texts(tokenizer, texts):
 
 def privleak_auc(values):
     """P(a holdout text's Min-40% score < a forget text's)."""
-    return auroc(column(values, "privleak_forget", "min_40"),
-                 column(values, "privleak_holdout", "min_40"))
+    return auroc(field_of(values, "privleak_forget", "min_40"),
+                 field_of(values, "privleak_holdout", "min_40"))
 
 
 def muse_privleak(values, auc_retrain):
@@ -436,11 +525,15 @@ def muse_privleak(values, auc_retrain):
     return privleak(privleak_auc(values), auc_retrain)
 
 
+def percent(x):
+    return 100 * x
+
+
 # A row is a function of the model's values and the retrained model's AUC, or why there is none.
 MUSE_ROWS = {
-    "VerbMem forget": per("verbmem", "rouge_l_f1", scale=100),
-    "KnowMem forget": per("knowmem_forget", "rouge_l_f1", scale=100),
-    "KnowMem retain": per("knowmem_retain", "rouge_l_f1", scale=100),
+    "VerbMem forget": per("verbmem", "rouge_l_f1", percent),
+    "KnowMem forget": per("knowmem_forget", "rouge_l_f1", percent),
+    "KnowMem retain": per("knowmem_retain", "rouge_l_f1", percent),
     "PrivLeak": muse_privleak,
     "AUC forget/holdout": lambda values, auc_retrain: privleak_auc(values),
     "extraction strength": per("verbmem", "extraction_strength"),
@@ -452,104 +545,189 @@ def muse_metrics(values, auc_retrain):
     return {name: attempt(row, values, auc_retrain) for name, row in MUSE_ROWS.items()}
 
 
-# KL: how far from a reference on sequences that neither has seen (the study of Markov chains).
+# Does it come back? A model that forgot by small changes may remember once its weights are rounded
+# (Zhang et al., "Catastrophic failure of LLM unlearning via quantization", ICLR 2025), and what is
+# not the greedy answer may still be drawn.
 
-@torch.inference_mode()
-def evaluate_kl(model, tokenizer, data, options):
-    """{file: [record]} with KL(reference || model) summed over each sequence's tokens."""
-    reference, _ = load(options.reference, options)
-    sizes = [len(m.get_output_embeddings().weight) for m in (model, reference)]
-    require(sizes[0] == sizes[1], f"{options.reference}: {sizes[1]} logits a token, the model has "
-            f"{sizes[0]}; KL needs one vocabulary")
-    values, room = {}, context_length(model)
-    for name, records in data.items():
-        examples = to_examples(records, tokenizer, room, Prompt(), vocabulary(model))
-        values[name] = spread(
-            score_kl, model, examples[:options.limit], reference, options.max_tokens)
-    return values
+@torch.no_grad()
+def quantize(model, bits):
+    """Round every matrix but embeddings and head to the nearest of 2^bits - 1 levels, spread evenly
+    over +-(largest of 64 weights). Not the format of any particular library."""
+    levels = 2 ** (bits - 1) - 1
+    for module in model.modules():
+        kept = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
+        for p in module.parameters(recurse=False):
+            if p.ndim >= 2 and not kept:
+                blocks = pad(p.float().flatten(), (0, -p.numel() % 64)).view(-1, 64)
+                step = (blocks.abs().amax(1, keepdim=True) / levels).clamp(min=1e-30)
+                rounded = (blocks / step).round() * step
+                p.copy_(rounded.flatten()[:p.numel()].view_as(p))
 
 
-def score_kl(model, examples, reference, max_tokens):
-    records, lengths = [None] * len(examples), [len(e.input_ids) for e in examples]
-    borders = rope_borders(model) + rope_borders(reference)
-    for batch in progress(length_batches(lengths, max_tokens, borders), "scoring"):
-        ids, labels = (x.to(model.device) for x in collate([examples[i] for i in batch]))
-        kl, tokens = answer_kl(model, reference, ids, labels)
-        for i, value, count in zip(batch, kl.tolist(), tokens.tolist()):
-            records[i] = {"kl": finite(value), "tokens": count}
+def evaluate_samples(model, tokenizer, records, options):
+    """`options.samples` continuations of each question, from a fixed seed, with their recalls."""
+    prompt = Prompt(options.template, options.system, options.date)
+    questions, answers = ([r[name] for r in records] for name in ("question", "answer"))
+    ends = {e.input_ids[-1] for e in encode_answers(tokenizer, questions, answers, prompt)}
+    prompts = [ids for ids in encode_prompts(tokenizer, questions, prompt)
+               for _ in range(options.samples)]
+    torch.manual_seed(distributed.rank())
+    new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
+                 ends, True)
+    texts, records = decode(tokenizer, new), []
+    for i, (question, answer) in enumerate(zip(questions, answers)):
+        drawn = texts[i * options.samples:(i + 1) * options.samples]
+        recalls = [rouge(text, answer, stem=True)[1] for text in drawn]
+        records.append({"question": question, "answer": answer, "texts": drawn,
+                        "recalls": None if None in recalls else recalls})
     return records
 
 
-def kl_metrics(values):
-    """The column of one model: mean KL per token, in nats, a row a file."""
-    def per_token(path):
-        return math.fsum(column(values, path, "kl")) / sum(column(values, path, "tokens"))
-    return {f"KL per token, {path}": attempt(per_token, path) for path in values}
+def best_of(k):
+    return lambda recalls: leak_at_k(recalls, k)
+
+
+# The flags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arguments(argv):
+    """The flags, with what was not given filled in."""
+    parser, positive = Parser(__doc__), number(int, low=1)
+    a = parser.add_argument
+    a("models", nargs="+", type=nonempty, metavar="MODEL", help="folder, hub name, eval.json or "
+      "official log")
+    a("--forget", type=nonempty, help="TOFU: the forget set; its _perturbed version, "
+      "retain_perturbed, real_authors_perturbed and world_facts_perturbed lie beside it")
+    a("--muse", type=nonempty, metavar="FOLDER", help="MUSE: a folder with verbmem, knowmem and "
+      "privleak")
+    a("--reference", type=nonempty, help="the model trained without the forget set: a model, an "
+      "eval.json or an official log; for --muse also its AUC as a number (default: the published "
+      "one for a folder named news or books)")
+    a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
+    a("--system", help="system message of the chat; as in training")
+    a("--date", help="date of the chat template; as in training")
+    a("--limit", type=positive, default=300, help="first records of each TOFU split; default 300, "
+      "as in official runs (OpenUnlearning: all)")
+    a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200")
+    a("--quantize", type=int, nargs="+", default=[], choices=range(2, 9), metavar="BITS",
+      help="evaluate each model with its weights rounded, too: for example 8 4")
+    a("--samples", type=positive, help="draw as many answers to each forget question, too (TOFU)")
+    a("--dtype", choices=list(DTYPES), help="of the weights. Default: fp32 on a CPU, bf16 "
+      "(official) on a GPU; only fp32 results are independent of the batch size")
+    a("--batch-size", type=positive, default=64, help="prompts continued at once; default 64")
+    a("--max-tokens", type=positive, help="padded tokens scored at once. Default: 16384 on a GPU, "
+      "4096 on a CPU")
+    a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu")
+    a("--markdown", action="store_true", help="print the table in Markdown")
+    a("--force", action="store_true", help="evaluate again even if eval.json has the results")
+    options = parser.parse_args(argv)
+    require(not (options.forget and options.muse), "--forget and --muse: give one of them")
+    require(options.forget or not options.samples, "--samples needs --forget")
+    Prompt(options.template, options.system, options.date)  # refuses a bad one before any work
+    options.models = list(dict.fromkeys(map(one_spelling, options.models)))
+    options.reference = options.reference and one_spelling(options.reference)
+    cuda = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bf16" if cuda else "fp32")
+    options.max_tokens = options.max_tokens or (16384 if cuda else 4096)
+    return options
+
+
+def one_spelling(path):
+    """A path that exists, without what does not change it; other names (of the hub) as they are."""
+    return str(Path(path)) if os.path.exists(path) else path
 
 
 # From arguments to the table
 
 @one_line_errors
 def main(argv=None):
-    options = evaluation_options(argv, __doc__)
-    options.device = distributed.start(options.device)
-    evaluations.show(*table(options), options)
+    options = arguments(argv)
+    distributed.start(options.device)
+    entries, metrics = muse(options) if options.muse else tofu(options)
+    columns = [metrics(entry) for entry in entries.values()]
+    evaluations.show(dict(zip(evaluations.titles(entries), columns)), entries, options.markdown)
     return 0
 
 
-def table(options):
-    """{column title: {row: number, or the reason why there is none}}, and the evaluations."""
-    mode = muse if options.muse else kl if options.kl else tofu
-    entries, column = mode(options)
-    columns = [column(entry) for entry in entries.values()]
-    return dict(zip(evaluations.titles(entries), columns)), entries
-
-
-def load(argument, options):
-    """Model and tokenizer on this rank's device, in eval mode, once they are known to be sound."""
+def load(argument, options, bits=None):
+    """Model and tokenizer on this rank's device, in eval mode, once they are known to be sound; its
+    weights rounded to `bits`."""
     with distributed.together():
         model, tokenizer = load_pretrained(argument, DTYPES[options.dtype])
         model.to(options.device).eval()
-        with naming(argument):
+        with blame(argument):
             check_head(model)
         check_generation(argument, model)
+    if bits:
+        quantize(model, bits)
     return model, tokenizer
 
 
+def collect(arguments, asked, options):
+    """{column: evaluation}: of each model, then of each with its weights rounded."""
+    entries = evaluations.collect(arguments, asked(None), options)
+    for bits in options.quantize:
+        models = [a for a in arguments if not Path(a).is_file()]
+        found = evaluations.collect(models, asked(bits), options)
+        entries |= {f"{a} ({bits} bits)": entry for a, entry in found.items()}
+    return entries
+
+
 def tofu(options):
-    """{model: evaluation} for --forget (without it: of files), and what makes a column of one."""
-    arguments = [*filter(None, [options.reference]), *options.models]
+    """{column: evaluation} for --forget (without it: of files), and what makes metrics of one."""
+    arguments, reference = list(options.models), options.reference
     if not options.forget:
+        arguments = [*filter(None, [reference]), *arguments]
         evaluations.require_files(arguments)
-        asked = evaluations.Evaluation("tofu", {}, None, complete_tofu)
+        entries = evaluations.collect(arguments, Evaluation("tofu", {}, None, complete_tofu),
+                                      options)
     else:
         forget = find(options.forget)
         data = {split: tofu_records(split, path, options.limit)
                 for split, path in tofu_files(forget).items()}
         names = "template system date limit max_new_tokens dtype"
-        asked = evaluations.Evaluation(
-            f"tofu {evaluations.relative(forget)}", evaluations.settings(options, names, data),
-            lambda model: evaluate_tofu(*load(model, options), data, options), complete_tofu)
-        if not options.reference and miniature.is_builtin(forget):  # make what to compare with
-            made = miniature.target_and_retrained(forget)
-            evaluations.check([m for m in options.models if m not in made], asked, options)
-            with distributed.together():
-                for folder in made:
-                    miniature.make(Path(folder))
-            arguments, options.reference = [*made, *options.models], made[1]
-        known = options.reference and evaluations.saved_entry(options.reference, asked, options)
-        if known:  # refuse a reference that was asked other questions before anything is run
-            check_reference({"values": data}, known, options.reference)
-    entries = evaluations.collect(arguments, asked, options)
-    reference = entries.get(options.reference)
+        settings, place = evaluations.settings(options, names, data), evaluations.relative(forget)
 
-    def column(entry):
-        if reference:
-            check_reference(entry, reference, options.reference)
-        found = tofu_metrics(entry["values"], reference and reference["values"])
+        def asked(bits):
+            return Evaluation(
+                f"tofu {place}" + f" at {bits} bits" * bool(bits), settings | {"bits": bits},
+                lambda model: evaluate_tofu(*load(model, options, bits), data, options),
+                complete_tofu)
+
+        if not reference and miniature.is_builtin(forget):  # make what to compare with
+            target, reference = miniature.target_and_retrained(forget)
+            arguments = [a for a in arguments if a not in (target, reference)]
+            evaluations.check(arguments, asked(None), options)
+            with distributed.together():
+                for folder in (target, reference):
+                    miniature.make(Path(folder))
+            arguments = [target, reference, *arguments]
+        elif reference:
+            arguments = [reference, *arguments]
+            if known := evaluations.saved_entry(reference, asked(None), options):
+                check_reference({"values": data}, known, reference)  # before anything is run
+        entries = collect(dict.fromkeys(arguments), asked, options)
+        if options.samples:
+            drawn = evaluations.collect(
+                [a for a in arguments if not Path(a).is_file()],
+                Evaluation(f"samples {place}", settings | {"samples": options.samples},
+                           lambda model: {"sampled": evaluate_samples(
+                               *load(model, options), data["forget"], options)},
+                           complete_tofu), options)
+            for argument, entry in drawn.items():
+                entries[argument] = entries[argument] | {
+                    "values": entries[argument]["values"] | entry["values"]}
+
+    def metrics(entry):
+        compared = entries.get(reference)
+        if compared:
+            check_reference(entry, compared, reference)
+        found = tofu_metrics(entry["values"], compared and compared["values"])
         held = entry.get("rows", {})  # what an official file says, where its values say nothing
         return found | {row: x for row, x in held.items() if not isinstance(found.get(row), float)}
-    return entries, column
+    return entries, metrics
 
 
 def complete_tofu(values):
@@ -563,6 +741,7 @@ def complete_tofu(values):
 
 
 def muse(options):
+    """{column: evaluation} for --muse, and what makes metrics of one."""
     folder, models = Path(options.muse), list(options.models)
     data = muse_records(folder)
     auc = AUC_RETRAIN.get(folder.resolve().name)
@@ -572,28 +751,19 @@ def muse(options):
         models += filter(None, [options.reference])
     require(auc is None or 0 < auc <= 1,
             f"--reference {options.reference}: an AUC is above 0 and at most 1")
-    asked = evaluations.Evaluation(
-        f"muse {evaluations.relative(folder)}", evaluations.settings(options, "dtype", data),
-        lambda model: evaluate_muse(*load(model, options), data, options),
-        lambda values: muse_metrics(values, None) and values)
-    entries = evaluations.collect(models, asked, options)
+    settings = evaluations.settings(options, "dtype", data)
+
+    def asked(bits):
+        return Evaluation(
+            f"muse {evaluations.relative(folder)}" + f" at {bits} bits" * bool(bits),
+            settings | {"bits": bits},
+            lambda model: evaluate_muse(*load(model, options, bits), data, options),
+            lambda values: muse_metrics(values, None) and values)
+
+    entries = collect(dict.fromkeys(models), asked, options)
     if options.reference in entries:
         auc = attempt(privleak_auc, entries[options.reference]["values"])
     return entries, lambda entry: muse_metrics(entry["values"], auc)
-
-
-def kl(options):
-    require(options.reference, "--kl needs --reference: the model to compare with")
-    data = {evaluations.relative(path): read_records(path) for path in map(find, options.kl)}
-    load_skeleton(options.reference)
-    settings = evaluations.settings(options, "limit dtype", data)
-    asked = evaluations.Evaluation(
-        " ".join(["kl", options.reference, *data]),
-        settings | {"reference": evaluations.fingerprint(options.reference)},
-        lambda model: evaluate_kl(*load(model, options), data, options),
-        lambda values: kl_metrics(values) and values)
-    entries = evaluations.collect(options.models, asked, options)
-    return entries, lambda entry: kl_metrics(entry["values"])
 
 
 if __name__ == "__main__":

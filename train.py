@@ -4,17 +4,17 @@
     python train.py --retain data/full --output runs/target          fine-tune: no --forget
     torchrun --nproc-per-node 8 train.py --model ... --forget ...    on several GPUs or machines
 
-Reading order: the losses to choose from, the loop (main), the pieces of a step, the model and its
-optimizer, checkpoints. The arguments and their defaults are in data/support/options.py.
+Reading order: the losses to choose from, the flags with their defaults, the loop (main), the pieces
+of a step, the model and its optimizer, checkpoints.
 """
 
-if __name__ == "__main__":
-    from data.support import startup
-    startup.prepare()
+import data.support  # first: it sets what OpenMP reads while torch loads
 
 import math
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -25,12 +25,13 @@ from transformers import GenerationConfig
 
 from data.load import Prompt, collate, length_batches, load_examples
 from data.support import distributed, miniature, run_folder
-from data.support.data_files import check_disjoint
-from data.support.errors import naming, one_line_errors, require
-from data.support.models import (check_mergeable, check_savable, context_length, load_skeleton,
-                                 load_start, merged, rope_borders, savable_tensors, vocabulary)
+from data.support.data_files import check_disjoint, find, retain_beside
+from data.support.errors import (Parser, blame, interval, nonempty, number, one_line_errors,
+                                 require)
+from data.support.models import (check_mergeable, check_savable, context_length, fingerprint,
+                                 load_skeleton, load_start, merged, rope_borders,
+                                 savable_tensors, vocabulary)
 from data.support.optim import MOMENTS, StochasticAdamW
-from data.support.options import DTYPES, training_options
 from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad_ascent_loss,
                     head_logits, npo_loss, simnpo_loss, sum_answers)
 
@@ -84,6 +85,106 @@ def log_complement(logps):
     return (-logps.clamp(max=-1e-7).expm1()).log()
 
 
+# The flags. A default that is not given here depends on the model, the loss or the machine:
+# `arguments` fills it in.
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OFFICIAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # of real models: the official TOFU code
+
+
+def parser():
+    parser = Parser(__doc__, "README.md has the flags of the paper's runs.")
+    a = parser.group("model and data")
+    a("--model", type=nonempty, help="folder or hub name (safetensors). Default: the built-in "
+      "target, made first")
+    a("--init", type=nonempty, metavar="DIR", help="instead of --model: random weights for DIR's "
+      "config.json and tokenizer")
+    a("--forget", type=nonempty, help="what to forget; without it, fine-tuning on --retain")
+    a("--retain", type=nonempty, help="what to keep. Default: the set beside --forget (forget05 -> "
+      "retain95)")
+    a("--template", help="chat (the tokenizer's, default if it has one), llama2, plain (default "
+      "if not), or a text with {question}")
+    a("--system", help="system message of the chat")
+    a("--date", help="today's date, for chat templates that print it")
+    a("--max-length", type=number(int, low=2), help="tokens of the longest sequence; texts are cut "
+      "into chunks of it, answers never. Default: 2048 (MUSE), or what the model takes")
+    a = parser.group("objective")
+    a("--loss", choices=list(LOSSES), default="simnpo", help="default simnpo; ga with --retain-loss "
+      "nll is GradDiff")
+    a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl (to the "
+      "start model) keeps a frozen copy")
+    a("--beta", type=number(float, above=0), help="default 2.5 (paper, TOFU forget05); others have "
+      "their own (LOSSES)")
+    a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
+    a("--beta2", type=number(float, low=0), default=1.0, help="satimp's exponent of 1 - p, default "
+      "1")
+    a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU "
+      "forget05); others have their own (LOSSES)")
+    a("--retain-weight", type=number(float, low=0), default=1.0, help="default 1")
+    a = parser.group("optimization (defaults: official TOFU code)")
+    a("--epochs", type=number(int, low=1), help="passes over --forget, else --retain. Default 10")
+    a("--batch-size", type=number(int, low=1), help="forget and as many retain sequences a step. "
+      "Default 32")
+    a("--lr", type=number(float, above=0), help="peak learning rate of AdamW. Default 1e-5")
+    a("--weight-decay", type=number(float, low=0), default=0.01, help="of matrices, default 0.01")
+    a("--warmup-epochs", type=number(float, low=0), default=1.0, help="linear, default 1")
+    a("--schedule", choices=["linear", "constant"], default="linear", help="linear decay to 0 "
+      "(TOFU, default), or constant without warm-up (MUSE)")
+    a("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm, default 1 "
+      "(the official code does not clip)")
+    a("--seed", type=number(int, low=0), default=0, help="of data order and --init, default 0")
+    a = parser.group("speed and memory (results stay, but for rounding)")
+    a("--max-tokens", type=number(int, low=1), help="padded tokens in a micro-batch. Default: "
+      "16384 on a GPU, 1024 on a CPU")
+    a("--dtype", choices=list(DTYPES), help="of matrix products; master weights stay fp32. "
+      "Default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
+    a("--bf16-weights", action="store_true", help="weights, gradients and moments in bf16, rounded "
+      "stochastically: 8 bytes a parameter instead of 16")
+    a("--checkpointing", action="store_true", help="recompute activations in backward")
+    a("--compile", action="store_true", help="torch.compile the decoder")
+    a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu; "
+      "others (mps) are untested")
+    a = parser.group("output")
+    a("--output", type=nonempty, help="folder for model and metrics.jsonl. Default: a name under "
+      "runs/")
+    a("--save-every", type=interval, default=(1, True), metavar="N", help="steps (100) or epochs "
+      "(2epochs) between checkpoints; the last is kept. Default 1epoch, 0 for none")
+    a("--snapshots", type=interval, default=(0, False), metavar="N", help="steps or epochs between "
+      "copies of the model, kept as OUTPUT/step-N. Default 0, none")
+    a("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    return parser
+
+
+def arguments(argv):
+    """The flags, with what was not given filled in."""
+    args = parser().parse_args(argv)
+    require(not (args.model and args.init), "--model and --init: give one of them")
+    require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune; "
+            "for example --forget data/forget05")
+    require(not (args.bf16_weights and args.dtype == "fp16"),
+            "--bf16-weights does not go with --dtype fp16")
+    if args.forget and args.retain_loss == "none":
+        args.retain = None
+    elif args.forget and not args.retain:
+        args.retain = str(retain_beside(find(args.forget)))
+    if not args.output:
+        stem = find(args.forget or args.retain).stem
+        args.output = os.path.join("runs", f"{stem}-{args.loss}" if args.forget else stem)
+    args.output = Path(args.output)
+    recipe = OFFICIAL | LOSSES[args.loss].defaults
+    if not (args.model or args.init):
+        args.model, suited = miniature.start_model(args)
+        recipe |= suited
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    cuda = args.device.startswith("cuda")
+    best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"
+    args.dtype = args.dtype or best
+    args.max_tokens = args.max_tokens or (16384 if cuda else 1024)
+    return args
+
+
 # The run
 
 class State(NamedTuple):
@@ -96,14 +197,20 @@ class State(NamedTuple):
 @one_line_errors
 def main(argv=None):
     """One run, from arguments to the finished folder. Returns the exit status."""
-    args = training_options(argv, LOSSES, __doc__)
-    args.device = distributed.start(args.device)
+    args = arguments(argv)
+    distributed.start(args.device)
     # Mistakes in the input surface here, before any weight is read. Without --model the built-in
     # start model is made now, if it is missing.
     with distributed.together():
         forget, retain, files = load_data(args)
-        settings = run_folder.check(args, forget, retain)
-    if run_folder.is_complete(args.output, settings):
+        settings = run_folder.settings_of(args, forget, retain)
+        complete = run_folder.check_run(args.output, settings, args.resume, files)
+        mini = miniature.is_start_model(args)
+        if mini and not complete:
+            miniature.make(Path(args.model))
+        if not (mini and complete):  # by then it may have been deleted
+            settings["start"] = fingerprint(args.init or args.model)
+    if run_folder.is_complete(args.output, settings, complete):
         return 0
     state = build(args)
     borders = rope_borders(state.objective.model)
@@ -116,7 +223,7 @@ def main(argv=None):
     epochs = {epoch * n // batch: epoch for epoch in range(args.epochs + 1)}  # {step: epochs done}
     total = max(epochs)
 
-    with run_folder.going_on(args, settings, total) as (start, log, caught):
+    with run_folder.session(args, settings, total) as (start, log, caught):
         step = load_checkpoint(state, args, start)
         while True:  # here `step` steps are done
             if step in epochs:
@@ -135,24 +242,24 @@ def main(argv=None):
             began, losses = time.time(), torch.zeros(2, device=args.device)
             # Dropout, stochastic rounding and the batch are functions of (seed, step).
             torch.manual_seed(args.seed * 1_000_003 + step)
-            forget_at = draw(len(forget), step * batch, batch, 2 * args.seed)
-            retain_at = draw(len(retain), step * batch, batch, 2 * args.seed + 1)
+            forget_indices = draw(len(forget), step * batch, batch, 2 * args.seed)
+            retain_indices = draw(len(retain), step * batch, batch, 2 * args.seed + 1)
 
             # Each micro-batch divides by the whole step's count, so that the gradient does not
             # depend on how the step is split.
-            for at, share in micro_batches(forget, forget_at, args.max_tokens, borders):
-                loss = forget_losses(state.objective, forget, at, ref_logps, args).sum() * share
+            for indices, scale in micro_batches(forget, forget_indices, args.max_tokens, borders):
+                loss = forget_losses(state.objective, forget, indices, ref_logps, args).sum() * scale
                 state.scaler.scale(args.forget_weight * loss).backward()
                 losses[0] += loss.detach()
-            for at, share in micro_batches(retain, retain_at, args.max_tokens, borders):
-                loss = retain_losses(state.objective, retain, at, args).sum() * share
+            for indices, scale in micro_batches(retain, retain_indices, args.max_tokens, borders):
+                loss = retain_losses(state.objective, retain, indices, args).sum() * scale
                 state.scaler.scale(args.retain_weight * loss).backward()
                 losses[1] += loss.detach()
 
             record = update(state, losses, learning_rate(args, step, total, n / batch), args)
             step += 1
-            tokens = sum(len(forget[i].input_ids) for i in forget_at)
-            tokens += sum(len(retain[i].input_ids) for i in retain_at)
+            tokens = sum(len(forget[i].input_ids) for i in forget_indices)
+            tokens += sum(len(retain[i].input_ids) for i in retain_indices)
             log(step=step, **record, tokens_per_s=round(tokens / (time.time() - began), 1))
         if not steps_taken(state.optimizer):
             raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
@@ -164,15 +271,16 @@ def main(argv=None):
 
 def load_data(args):
     """The forget and retain Examples, checked; {name: content} of what is saved unchanged."""
-    source = miniature.TOKENIZER if args.mini else args.init or args.model
-    skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not args.mini))
+    mini = miniature.is_start_model(args)  # which may not be made yet
+    source = miniature.TOKENIZER if mini else args.init or args.model
+    skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not mini))
     files = check_savable(source, skeleton)
     limit = min(context_length(skeleton), 2**20)
-    require(not args.max_length or args.max_length <= limit,
+    require((args.max_length or 0) <= limit,
             f"--max-length {args.max_length}: the model takes {limit} tokens at most")
-    args.max_length = args.max_length or min(limit, 2048)
+    length = args.max_length or min(limit, 2048)
     prompt = Prompt(args.template, args.system, args.date)
-    forget, retain = (load_examples(path, tokenizer, args.max_length, prompt, vocabulary(skeleton))
+    forget, retain = (load_examples(path, tokenizer, length, prompt, vocabulary(skeleton))
                       if path else [] for path in (args.forget, args.retain))
     check_disjoint(forget, retain)
     return forget, retain, files
@@ -192,42 +300,44 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
-def micro_batches(data, at, max_tokens, borders=()):
-    """This rank's [(indices, share)] of the Examples data[i] for i in `at`: batches of like length,
-    padded to at most max_tokens together, none across a border (models.rope_borders).
+def micro_batches(data, indices, max_tokens, borders=()):
+    """This rank's [(indices, scale)] of some Examples of data: batches of like length, padded to at
+    most max_tokens together, none across a border (models.rope_borders).
 
-    A micro-batch's sum of losses times its share is its part of the step's mean. FSDP takes the
-    mean over ranks, where a sum is meant, so a share is world/len(at). Its ranks must make equally
-    many passes: those with fewer batches repeat the shortest Example with share 0.
+    A micro-batch's sum of losses times its scale is its part of the step's mean. FSDP takes the
+    mean over ranks, where a sum is meant, so the scale is world/len(indices). Its ranks must make
+    equally many passes: those with fewer batches repeat the shortest Example with scale 0.
     """
     rank, world = distributed.rank(), distributed.world()
-    order = sorted(at, key=lambda i: len(data[i].input_ids), reverse=True)
+    order = sorted(indices, key=lambda i: len(data[i].input_ids), reverse=True)
     plans = []
     for part in (order[r::world] for r in range(world)):
         batches = length_batches([len(data[i].input_ids) for i in part], max_tokens, borders)
-        plans.append([([part[i] for i in batch], world / len(at)) for batch in batches])
+        plans.append([([part[i] for i in batch], world / len(indices)) for batch in batches])
     fillers = max(map(len, plans)) - len(plans[rank])
     return plans[rank] + [(order[-1:], 0.0)] * fillers
 
 
-def forget_losses(objective, forget, at, ref_logps, args):
+def forget_losses(objective, forget, indices, ref_logps, args):
     """The loss of each forget sequence: (B,)."""
-    ids, labels = tensors(forget, at, args.device)
+    ids, labels = on_device(forget, indices, args)
     tokens = objective(ids, labels)
     logps, lengths = sum_answers(tokens, labels)
-    ref = ref_logps[at] if ref_logps is not None else None
+    ref = ref_logps[indices] if ref_logps is not None else None
     return LOSSES[args.loss].function(Answers(logps, lengths, tokens, ref), args)
 
 
-def retain_losses(objective, retain, at, args):
+def retain_losses(objective, retain, indices, args):
     """Mean nll of each answer's tokens, or mean KL(start || model) at them: (B,)."""
-    ids, labels = tensors(retain, at, args.device)
-    sums, lengths = sum_answers(objective(ids, labels, kl=args.kl), labels)
-    return (sums if args.kl else -sums) / lengths
+    ids, labels = on_device(retain, indices, args)
+    kl = objective.reference is not None
+    sums, lengths = sum_answers(objective(ids, labels, kl), labels)
+    return (sums if kl else -sums) / lengths
 
 
-def tensors(data, at, device):
-    return (x.to(device, non_blocking=True) for x in collate([data[i] for i in at]))
+def on_device(data, indices, args):
+    """input_ids and labels of some Examples, as one batch: (B,T), (B,T)."""
+    return (x.to(args.device, non_blocking=True) for x in collate([data[i] for i in indices]))
 
 
 def learning_rate(args, step, total, per_epoch):
@@ -276,10 +386,10 @@ def score(objective, data, args):
     logps = torch.zeros(len(data), device=args.device)
     objective.eval()
     borders = rope_borders(objective.model)
-    for at, share in micro_batches(data, range(len(data)), args.max_tokens, borders):
-        ids, labels = tensors(data, at, args.device)
+    for indices, scale in micro_batches(data, range(len(data)), args.max_tokens, borders):
+        ids, labels = on_device(data, indices, args)
         values, _ = sum_answers(objective(ids, labels), labels)
-        logps[at] += values * (share > 0)
+        logps[indices] += values * (scale > 0)
     objective.train()
     if distributed.world() > 1:
         objective.reshard()  # without a backward, FSDP leaves the root's parameters gathered
@@ -346,9 +456,10 @@ def build(args):
     with distributed.together():
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
         model = load_start(args, dtype)
-        with naming(args.model or args.init):
+        with blame(args.model or args.init):
             check_head(model)
-        reference = load_start(args, dtype).requires_grad_(False) if args.kl else None
+        with_kl = args.forget and args.retain_loss == "kl"
+        reference = load_start(args, dtype).requires_grad_(False) if with_kl else None
     mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
     names = {name: tensor.shape for name, tensor in savable_tensors(model)}
     model = adapt(model, args)
@@ -357,7 +468,7 @@ def build(args):
     if distributed.world() > 1:
         shard(objective)  # layer by layer onto the card: no card holds the whole
     objective.to(args.device)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "fp16")
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
     return State(objective, make_optimizer(objective.model, args), scaler)
 
 
@@ -365,7 +476,7 @@ def adapt(model, args):
     """The place to change a model before it is trained: a PEFT model is saved with its adapters
     merged, frozen parameters stay as they are."""
     if args.checkpointing:
-        with naming("--checkpointing"):
+        with blame("--checkpointing"):
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
@@ -404,7 +515,7 @@ def steps_taken(optimizer):
 
 def save_checkpoint(state, args, step):
     """Write OUTPUT/checkpoint-STEP.safetensors, then remove the ones before."""
-    def tensors():
+    def stored():
         for name, p in state.objective.model.named_parameters():
             moments = state.optimizer.state.get(p, {})
             yield f"weight.{name}", p
@@ -412,7 +523,7 @@ def save_checkpoint(state, args, step):
                 yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
 
     about = {"adam_step": steps_taken(state.optimizer), "scaler": state.scaler.state_dict()}
-    whole = distributed.gathered(tensors())
+    whole = distributed.gathered(stored())
     if distributed.first():
         run_folder.put_checkpoint(args.output, step, whole, about)
     distributed.barrier()
@@ -439,7 +550,7 @@ def load_checkpoint(state, args, step):
             counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
             count = torch.tensor(float(about["adam_step"]), device=counted_on)
             state.optimizer.state[p] = {"step": count, **moments}
-    with naming(args.output, "the scaler of its checkpoint cannot be used"):
+    with blame(args.output, "the scaler of its checkpoint cannot be used"):
         state.scaler.load_state_dict(about["scaler"])
     return step
 

@@ -27,8 +27,8 @@ from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.support.data_files import read_records
-from data.support.errors import InputError, naming, one_line_errors, require
-from data.support.files import filling
+from data.support.errors import InputError, blame, one_line_errors, require
+from data.support.run_folder import filling
 from data.support.options import Parser
 
 TOFU = {  # file: its number of records
@@ -101,7 +101,7 @@ def tofu_file(split):
 def muse_file(corpus, config, split):
     """(the bytes of one file of a MUSE corpus, how many records it must have)."""
     rows = fetch_rows(f"muse-bench/MUSE-{corpus.title()}", config, split)
-    with naming(f"MUSE-{corpus.title()}, {config}/{split}", "not rows with a text, but"):
+    with blame(f"MUSE-{corpus.title()}, {config}/{split}", "not rows with a text, but"):
         if config in ("raw", "privleak"):
             rows = [row["text"] for row in rows]
         text = "\n\n".join(rows) if config == "raw" else json.dumps(rows, indent=1) + "\n"

@@ -18,7 +18,7 @@ from itertools import repeat
 import torch
 
 from .support.data_files import find, kind_of, read_records, require_fit  # noqa: F401
-from .support.errors import InputError, naming, require  # noqa: F401
+from .support.errors import InputError, blame, require  # noqa: F401
 from .support.models import load_pretrained  # noqa: F401  (what others ask of this file)
 
 IGNORE = -100
@@ -47,7 +47,7 @@ class Prompt:
         known = self.template in (None, "chat", *TEMPLATES)
         require(known or "{question}" in self.template, f"--template {self.template!r}: not chat, "
                 "llama2, plain or a text with {question} in it")
-        with naming("--template", "not UTF-8"):  # bytes of the shell's that are no text
+        with blame("--template", "not UTF-8"):  # bytes of the shell's that are no text
             (self.template or "").encode()
         other = re.search(r"\{\s*\w*\s*\}|\{\{", (self.template or "").replace("{question}", ""))
         require(not other, f"--template {self.template!r}: only {{question}} is replaced, once and "
@@ -125,7 +125,7 @@ def chat(tokenizer, question, answer, prompt, place):
     """The conversation up to the end of the assistant's turn: the last special token that stands
     there whether another turn follows or not (or the first at all: GPT-OSS ends the last turn in
     its own way), else the EOS. Without an answer: up to where every answer begins."""
-    with naming(place, "the tokenizer's chat template fails"):
+    with blame(place, "the tokenizer's chat template fails"):
         text, marked = (render(tokenizer, question, a, prompt) for a in (answer, MARK))
     before, _, after = marked.rpartition(MARK)
     if answer is None:  # what is written between the prompt for generation and any answer is asked
@@ -179,10 +179,10 @@ def check_chat(tokenizer, prompt):
         return MARK in render(tokenizer, "?", None, Prompt("chat", system, date), **variables)
 
     require(tokenizer.chat_template, "--template chat: the tokenizer has none; leave it out")
-    with naming("--system", "the chat template refuses it"):
+    with blame("--system", "the chat template refuses it"):
         placed = not prompt.system or prints_mark(MARK, prompt.date)
     require(placed, "--system: the chat template has no place for it")
-    with naming("--template chat", "the tokenizer's template fails, try --template plain"):
+    with blame("--template chat", "the tokenizer's template fails, try --template plain"):
         dated = prints_mark(prompt.system, prompt.date and MARK, fixed_date=MARK)
     require(prompt.date or not dated, "--date is needed: the chat template prints today's, so that "
             "tomorrow's prompts would be others; for example --date '26 Jul 2024'")

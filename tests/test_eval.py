@@ -2,6 +2,7 @@
 that do not belong, MUSE, KL, ranks, errors."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, write_lines, write_model, write_muse, write_tofu
 from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import hmean
+from scipy.stats import chisquare, hmean
 from sklearn.metrics import roc_auc_score
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig,
                           LlamaForCausalLM, Phi3Config)
@@ -25,7 +27,7 @@ import eval as evaluation
 import train
 from data.load import Example
 from data.support import miniature
-from data.support.official_logs import TOFU_LOGS
+from data.support.evaluations import TOFU_LOGS
 
 SHARED = ROOT.parent / "shared"
 
@@ -137,14 +139,18 @@ def cells(capsys, row):
 def token_logps(known, text, answer):
     """Log-probabilities (float64) of the answer's bytes and of </s> after them, and whether each is
     the largest. `known` are model and tokenizer, `text` is what stands before the answer."""
+    every, wanted = distributions(known, text, answer)
+    return every.gather(1, wanted[:, None])[:, 0], (every.argmax(-1) == wanted).tolist()
+
+
+def distributions(known, text, answer):
+    """Log-probability of every word where the answer's bytes and </s> are predicted; which came."""
     model, tokenizer = known
     ids = [*tokenizer(text + answer).input_ids, 1]
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1].double()
-    wanted = torch.tensor(ids[1:])
-    logps = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
     count = len(answer.encode()) + 1
-    return logps[-count:], (logits.argmax(-1) == wanted)[-count:].tolist()
+    return logits.log_softmax(-1)[-count:], torch.tensor(ids[1:])[-count:]
 
 
 def asked(record):
@@ -160,6 +166,20 @@ def continuation(model, prompt, most, ends=(1,), **options):
                          max_new_tokens=most, do_sample=False, pad_token_id=1,
                          eos_token_id=list(ends), **options)[0, len(prompt):].tolist()
     return new[:next((i for i, token in enumerate(new) if token in ends), len(new))]
+
+
+def attack_scores(every, wanted, answer):
+    """Min-K, Min-K++, LOSS and zlib of one answer as OpenUnlearning defines them: the first two of
+    all tokens but the end, the lowest 40% of them."""
+    logps = every.gather(1, wanted[:, None])[:, 0]
+    p = every.exp()
+    mu = (p * every).sum(-1)
+    sigma = ((p * every**2).sum(-1) - mu**2).clamp(min=1e-6).sqrt()
+    lowest = [values[:-1].sort().values[:max(1, int(0.4 * (len(values) - 1)))]
+              for values in (logps, (logps - mu) / sigma)]
+    loss = -logps.mean().item()
+    return [-lowest[0].mean().item(), -lowest[1].mean().item(), loss,
+            loss / len(zlib.compress(answer.encode("utf-8")))]
 
 
 def tail_of(right):
@@ -180,7 +200,7 @@ def test_scores_are_those_of_full_logits(pair):
                 for length, start in ((9, 3), (30, 29), (4, 1), (17, 8), (9, 2))]
     for max_tokens in (1, 40, 10**6):
         scores = evaluation.score_answers(model, examples, max_tokens)
-        for e, (logps, right) in zip(examples, scores):
+        for e, (logps, right, _) in zip(examples, scores):
             logits = model(torch.tensor([e.input_ids])).logits[0].double().log_softmax(-1)
             targets = torch.tensor(e.input_ids[e.start:])
             predicting = logits[e.start - 1:-1]
@@ -274,7 +294,7 @@ def test_a_texts_values_do_not_depend_on_its_neighbours(kind, tmp_path):
         wanted.append(logps.gather(1, torch.tensor(e.input_ids[1:])[:, None])[2:, 0])
     sums = torch.stack([logps.sum() for logps in wanted]).float()
     for max_tokens in (1, 10**6):
-        for (logps, _), want in zip(evaluation.score_answers(model, examples, max_tokens), wanted):
+        for (logps, *_), want in zip(evaluation.score_answers(model, examples, max_tokens), wanted):
             assert torch.allclose(logps.double(), want, atol=1e-4)
         args = SimpleNamespace(device="cpu", max_tokens=max_tokens)
         assert torch.allclose(train.score(train.Objective(model), examples, args), sums, atol=1e-2)
@@ -369,18 +389,20 @@ def test_every_row_against_one_text_at_a_time(pair, tofu):
     wanted["model utility"] = hmean([value for name, value in wanted.items()
                                      if name.startswith(("retain", "real", "world"))
                                      and name.endswith(("probability", "recall", "ratio"))])
+    wanted["memorization score"] = hmean([1 - wanted[f"forget {name}"] for name in (
+        "extraction strength", "exact memorization", "paraphrase probability", "knowledge score")])
     aucs = []
     for known in models:
         scores, member = [], []
         for name in ("forget05_perturbed", "holdout05"):
             for r in read_lines(Path(tofu).with_name(f"{name}.jsonl")):
-                logps = token_logps(known, asked(r), " " + r["answer"])[0][:-1]  # no EOS
-                logps = logps.sort().values
-                scores.append(-logps[:max(1, int(0.4 * len(logps)))].mean().item())
+                scores.append(attack_scores(*distributions(known, asked(r), " " + r["answer"]),
+                                            r["answer"]))
                 member.append(name != "holdout05")
-        aucs.append(roc_auc_score(member, scores))
-    wanted["forget/holdout AUC"] = aucs[0]
-    wanted["forget PrivLeak"] = 100 * (aucs[0] - aucs[1]) / aucs[1]
+        aucs.append([roc_auc_score(member, attack) for attack in zip(*scores)])
+    for name, auc in zip(("", ", Min-K++", ", LOSS", ", zlib"), aucs[0]):
+        wanted[f"forget/holdout AUC{name}"] = auc
+    wanted["forget PrivLeak"] = 100 * (aucs[0][0] - aucs[1][0]) / aucs[1][0]
     assert set(table) - set(wanted) == {"forget quality (KS p)", "forget quality (KS D)"}
     for name, value in wanted.items():
         assert table[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
@@ -724,7 +746,7 @@ def test_official_log_is_completed(pair, tofu, tmp_path):
     ours, theirs = (evaluation.tofu_metrics(v, values) for v in (values, entry["values"]))
     lacking = {row for row, value in theirs.items() if value == "its file does not hold this"}
     assert lacking == {row for row in ours if row.endswith(("memorization", "strength"))
-                       or row in ("forget PrivLeak", "forget/holdout AUC")}
+                       or row.startswith(("forget PrivLeak", "forget/holdout AUC", "memorization"))}
     for row in ours.keys() - lacking:
         assert theirs[row] == pytest.approx(ours[row], rel=1e-12), row
 
@@ -740,7 +762,7 @@ def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, 
     shown = dict(re.findall(r"^(\S.*?\S)  +(-?[\d.e-]+)$", out, re.MULTILINE))
     want = {name: metrics[name] for name in (
         "forget truth ratio", "forget ROUGE-L recall", "forget probability", "retain truth ratio",
-        "model utility", "forget/holdout AUC")}
+        "forget knowledge score", "model utility", "forget/holdout AUC")}
     want |= {"extraction_strength": metrics["forget extraction strength"],  # theirs is another
              "forget quality (KS p)": 0.25, "forget PrivLeak": -12.5, "mia_loss": 0.75,
              "mia_min_k": 1 - metrics["forget/holdout AUC"]}
@@ -960,20 +982,60 @@ def test_a_model_of_nan_gets_a_table_of_muse(tmp_path, capsys):
     json.loads(Path(model, "eval.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_kl(pair, tmp_path, capsys):
-    chains = [{"input_ids": [2 + (i * k) % 9 for k in range(5 + i)]} for i in range(7)]
-    write_lines(tmp_path / "chains.jsonl", chains)
-    flags = ["--kl", tmp_path / "chains"]
-    assert run(pair[0], *flags, "--reference", pair[1], "--batch-size", 2) == 0
-    shown = float(capsys.readouterr().out.splitlines()[1].split()[-1])
-    one, two = (evaluation.load_pretrained(m)[0] for m in pair)
-    total = count = 0
-    for chain in chains:
-        ids = torch.tensor([chain["input_ids"]])
-        p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (two, one))
-        total, count = total + (p.exp() * (p - q)).sum().item(), count + len(p)
-    assert shown == pytest.approx(total / count, abs=2e-6)
-    assert run(pair[0], *flags) == 2
+# Does it come back?
+
+def test_samples_are_drawn_from_the_models_distribution(pair):
+    """First tokens of 600 continuations, by a chi-square test; the same again from the same seed."""
+    model, tokenizer = opened(pair[0])
+    prompt = tokenizer("Question: Where?").input_ids
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(evaluation.generate(model, [prompt] * 600, tokenizer, 1, 64, sample=True))
+    assert draws[0] == draws[1]
+    with torch.no_grad():
+        p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+    p[1] += 1 - p.sum()
+    common = [i for i in range(len(p)) if i != 1 and p[i] > 0.01]  # an end is no token: []
+    seen = [draws[0].count([i]) for i in common]
+    expected = [600 * p[i].item() for i in common]
+    assert len(common) > 3
+    assert chisquare([*seen, 600 - sum(seen)], [*expected, 600 - sum(expected)]).pvalue > 0.01
+
+
+def test_samples_and_rounded_weights_are_columns_and_rows(pair, tofu, capsys):
+    """Each kept apart in eval.json; the recalls are rouge-score's of the texts, the rounded model is
+    evaluated as one that was saved rounded."""
+    flags = ["--forget", tofu, "--max-new-tokens", 8]
+    assert run(pair[0], *flags, "--samples", 5, "--quantize", 8, 3) == 0
+    out = capsys.readouterr().out
+    name = Path(pair[0]).name
+    assert out.splitlines()[0].split("  ")[-3:] == [name, f"{name} (8 bits)", f"{name} (3 bits)"]
+    held = json.loads(Path(pair[0], "eval.json").read_text())["evaluations"]
+    kept = {key.split(" ")[0] + key.partition(" at ")[2]: entry["values"]
+            for key, entry in held.items()}
+    assert kept.keys() == {"tofu", "tofu8 bits", "tofu3 bits", "samples"}
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    best = {1: [], 4: [], 5: []}
+    for record in kept["samples"]["sampled"]:
+        recalls = [scorer.score(record["answer"], text)["rougeL"].recall
+                   for text in record["texts"]]
+        assert record["recalls"] == pytest.approx(recalls)
+        for k, found in best.items():
+            found += [sum(max(chosen) for chosen in itertools.combinations(recalls, k))
+                      / math.comb(5, k)]
+    for k, found in best.items():
+        shown = re.search(rf"^forget leak@{k} +(\S+)", out, re.MULTILINE)[1]
+        assert float(shown) == pytest.approx(sum(found) / len(found), abs=1e-6)
+    model, tokenizer = opened(pair[0])
+    evaluation.quantize(model, 3)
+    rounded = Path(pair[0]).with_name("rounded")
+    model.save_pretrained(rounded)
+    tokenizer.save_pretrained(rounded)
+    assert run(rounded, *flags) == 0
+    same(numbers(rounded), kept["tofu3 bits"], 1e-6)
+    assert run(pair[0], *flags, "--samples", 5, "--quantize", 8, 3) == 0  # from eval.json
+    assert json.loads(Path(pair[0], "eval.json").read_text())["evaluations"] == held
 
 
 # Ranks
@@ -995,7 +1057,7 @@ def test_two_ranks_give_the_values_of_one(pair, tofu):
 # Errors
 
 @pytest.mark.parametrize("argv,what", [
-    (["{model}"], "--forget, --muse or --kl"),
+    (["{model}"], "--forget or --muse"),
     (["{model}", "--forget", "{tofu}", "--muse", "x"], "give one of them"),
     (["{model}", "--forget", "nowhere/forget05"], "nowhere/forget05: no such data file"),
     (["{model}", "--forget", "{lone}"], "needs this file beside"),

@@ -18,10 +18,11 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 from sklearn.metrics import roc_auc_score
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval as evaluation
-from data.support.evaluations import Undefined, attempt, column, format_table
-from data.support.official_logs import official_entry
+from eval import Undefined, attempt, field_of
+from data.support.evaluations import format_table, official_entry
 from data.support.porter import stem
 
 SHARED = ROOT.parent / "shared"
@@ -240,26 +241,24 @@ def test_values_of_one_question():
     values = evaluation.tofu_values("forget", 1.0, 1.5, [2.0, 3.0])
     assert values["probability"] == pytest.approx(true)
     assert values["paraphrased_probability"] == pytest.approx(said)
-    assert values["knowledge"] == pytest.approx(said / (said + math.sqrt(first * second)))
-    ratio = values["truth_ratio"]
-    assert values["knowledge"] == pytest.approx(ratio / (1 + ratio))
     assert values["truth_ratio"] == pytest.approx(said / math.sqrt(first * second))
+    assert evaluation.knowledge(values["truth_ratio"]) == pytest.approx(
+        said / (said + math.sqrt(first * second)))
     tiny = evaluation.tofu_values("world_facts", 2000.0, 2000.0, [2000.0])
-    assert tiny["probability"] == tiny["knowledge"] == pytest.approx(0.5)
+    assert tiny["probability"] == pytest.approx(0.5)
     for nlls in ((math.nan, 1.0, [2.0]), (1.0, math.inf, [2.0]), (1.0, 1.0, [2.0, math.nan])):
         values = evaluation.tofu_values("forget", *nlls)
-        assert {values[name] for name in ("probability", "paraphrased_probability", "knowledge",
+        assert {values[name] for name in ("probability", "paraphrased_probability",
                                           "truth_ratio")} == {None}
 
 
 def test_values_kept_from_before_are_computed_anew():
-    """Their knowledge score had another definition. A number without value stays without one."""
-    kept = {"nll": 1.0, "paraphrased_nll": 1.5, "perturbed_nll": [2.0, 3.0], "knowledge": 0.7}
+    """From their nlls. A number without value stays without one."""
+    kept = {"nll": 1.0, "paraphrased_nll": 1.5, "perturbed_nll": [2.0, 3.0], "truth_ratio": 0.7}
     lost = {**kept, "nll": None}
     values = evaluation.complete_tofu({"forget": [kept, lost]})["forget"]
-    ratio = math.exp(2.5 - 1.5)
-    assert values[0]["knowledge"] == pytest.approx(ratio / (1 + ratio))
-    assert values[1]["knowledge"] is None
+    assert values[0]["truth_ratio"] == pytest.approx(math.exp(2.5 - 1.5))
+    assert values[1]["truth_ratio"] is None
 
 
 # The table
@@ -274,11 +273,11 @@ def test_names_of_files_cannot_break_the_table():
 
 def test_reasons_become_footnotes():
     values = {"forget": [{"x": 1.0}, {"x": None}], "holdout": []}
-    assert attempt(column, values, "forget", "x").endswith("for 1 of 2 forget examples")
-    assert attempt(column, values, "forget", "y") == "its file does not hold this"
-    assert attempt(column, values, "holdout", "x").startswith("needs a holdout")
+    assert attempt(field_of, values, "forget", "x").endswith("for 1 of 2 forget examples")
+    assert attempt(field_of, values, "forget", "y") == "its file does not hold this"
+    assert attempt(field_of, values, "holdout", "x").startswith("needs a holdout")
     with pytest.raises(Undefined):
-        column(values, "retain", "x")
+        field_of(values, "retain", "x")
     columns = {"a": {"KS (p)": 1e-9, "x": "no x", "PrivLeak": -1.0},
                "b": {"KS (p)": 0.5, "x": 2.0, "PrivLeak": "no y", "z": 3.0}}
     lines = [line.split() for line in format_table(columns, markdown=False).splitlines()]
@@ -358,3 +357,41 @@ def test_official_logs_of_another_forget_set_of_the_same_size(capsys):
     flags = ["--forget", str(SHARED / "tofu" / "forget05"), "--limit", "40"]
     assert evaluation.main(["runs/nowhere", *flags, "--reference", reference]) == 2
     assert "its forget question 1 is another than the model's" in capsys.readouterr().err
+
+
+# What comes back
+
+@pytest.mark.parametrize("scores", [[0.2, 0.9, 0.4, 0.9, 0.0], [1, 0, 0, 1, 1, 0], [0.3]])
+def test_leak_at_k_is_the_mean_best_of_all_choices(scores):
+    for k in range(1, len(scores) + 1):
+        best = [max(chosen) for chosen in itertools.combinations(scores, k)]
+        assert evaluation.leak_at_k(scores, k) == pytest.approx(sum(best) / len(best), abs=1e-12)
+
+
+@pytest.mark.parametrize("n, right", [(6, 2), (16, 1), (5, 0), (4, 4)])
+def test_leak_at_k_of_right_and_wrong_is_pass_at_k(n, right):
+    for k in range(1, n + 1):
+        expected = 1 - math.comb(n - right, k) / math.comb(n, k)
+        leak = evaluation.leak_at_k([1] * right + [0] * (n - right), k)
+        assert leak == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_are_rounded_to_the_nearest_level_of_their_block(bits):
+    """Against numpy, a block of 64 at a time; embeddings, head, norms and biases stay."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=20, n_layer=1, n_head=2, n_positions=8,
+                                       tie_word_embeddings=False))
+    before = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    evaluation.quantize(model, bits)
+    changed = set()
+    for name, p in model.named_parameters():
+        got, flat = p.detach().numpy().ravel(), before[name].ravel()
+        if (got != flat).any():
+            changed.add(name)
+        for i in range(0, len(flat) if name in changed else 0, 64):
+            block = flat[i:i + 64]
+            levels = numpy.linspace(-1, 1, 2**bits - 1) * numpy.abs(block).max()
+            nearest = levels[numpy.abs(block[:, None] - levels).argmin(1)]
+            numpy.testing.assert_allclose(got[i:i + 64], nearest, rtol=1e-5, atol=1e-7)
+    assert changed == {name for name in before if name.endswith("weight")
+                       and ("attn" in name or "mlp" in name)}

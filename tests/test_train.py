@@ -58,7 +58,7 @@ REF_LOGPS = torch.linspace(-60, -5, 7, dtype=torch.float64)
 
 def arguments(loss="simnpo", retain_loss="nll", max_tokens=10**9, **more):
     return argparse.Namespace(**{**dict(
-        loss=loss, kl=retain_loss == "kl", max_tokens=max_tokens, beta=0.8, gamma=0.3,
+        loss=loss, retain_loss=retain_loss, max_tokens=max_tokens, beta=0.8, gamma=0.3,
         forget_weight=0.7, retain_weight=1.3, device=torch.device("cpu")), **more})
 
 
@@ -90,15 +90,15 @@ def plain_loss(model, reference, forget, retain, loss, retain_loss):
 def step(model, reference, forget, retain, args):
     """The gradient of main's two loops over micro-batches: {name: tensor}, and the two losses."""
     model.zero_grad()
-    objective = train.Objective(model, reference if args.kl else None)
+    objective = train.Objective(model, reference if args.retain_loss == "kl" else None)
     losses = torch.zeros(2)
-    for at, share in train.micro_batches(forget, range(len(forget)), args.max_tokens):
+    for indices, scale in train.micro_batches(forget, range(len(forget)), args.max_tokens):
         ref_logps = REF_LOGPS if args.loss == "npo" else None
-        loss = share * train.forget_losses(objective, forget, at, ref_logps, args).sum()
+        loss = scale * train.forget_losses(objective, forget, indices, ref_logps, args).sum()
         (args.forget_weight * loss).backward()
         losses[0] += loss.item()
-    for at, share in train.micro_batches(retain, range(len(retain)), args.max_tokens):
-        loss = share * train.retain_losses(objective, retain, at, args).sum()
+    for indices, scale in train.micro_batches(retain, range(len(retain)), args.max_tokens):
+        loss = scale * train.retain_losses(objective, retain, indices, args).sum()
         (args.retain_weight * loss).backward()
         losses[1] += loss.item()
     return {name: p.grad.clone() for name, p in model.named_parameters()}, losses

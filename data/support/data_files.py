@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import InputError, naming, require
+from .errors import InputError, blame, require
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 KINDS = {"question": ("question", "answer"), "text": ("text",), "input_ids": ("input_ids",),
@@ -23,7 +23,7 @@ ABOUT = set("""paraphrased_answer perturbed_answer paraphrased_question id idx i
 def find(path):
     """The data file that `path` names: itself, with a suffix added, or the one in that folder."""
     path = Path(path)
-    with naming(path):
+    with blame(path):
         for suffix in ("", *SUFFIXES) if path.name else ():
             if path.with_name(path.name + suffix).is_file():
                 return path.with_name(path.name + suffix)
@@ -48,7 +48,7 @@ def retain_beside(forget):
     """The retain set by TOFU's convention: forget05 -> retain95."""
     percent = re.fullmatch("forget([0-9]{1,2})", forget.stem)
     require(percent and int(percent[1]), f"--retain is needed: {forget.name} has no retain set by "
-            "TOFU's naming (forget05 -> retain95); or pass --retain-loss none")
+            "TOFU's blame (forget05 -> retain95); or pass --retain-loss none")
     return find(forget.with_name(f"retain{100 - int(percent[1]):02d}"))
 
 
@@ -73,7 +73,7 @@ def read_records(path, kind=None):
 
 def read_text(path):
     """The file as text: UTF-8, a BOM dropped, CRLF as LF."""
-    with naming(path, "cannot be read"):
+    with blame(path, "cannot be read"):
         data = path.read_bytes()
     require(not data.startswith(LFS), f"{path}:1: a Git LFS pointer, not the file itself; run: "
             "git lfs pull")

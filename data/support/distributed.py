@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .errors import JOIN, InputError, naming, require, speaks_for_all, under_torchrun
+from .errors import JOIN, InputError, blame, require, speaks_for_all, under_torchrun
 
 PARENT = os.getppid()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rank():
@@ -28,20 +29,19 @@ def first():
 
 
 def start(name):
-    """The device of this process, a card of its own where there are several; joins the others
-    under torchrun."""
-    with naming(f"--device {name}"):
+    """Check the device, make it this process's (its own card where there are several), and join the
+    other processes under torchrun."""
+    with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
             require(torch.cuda.is_available(), f"--device {name}: torch finds no GPU here")
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # what "cuda" means from here on
         torch.ones(1, device=device).item()
     if "RANK" in os.environ and not dist.is_initialized():
         check_environment()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def check_environment():

@@ -4,8 +4,10 @@ Status 2: the input is wrong, nothing was written. 1: what was begun could not b
 signal: 128 + its number.
 """
 
+import argparse
 import contextlib
 import functools
+import math
 import os
 import re
 import signal
@@ -35,9 +37,9 @@ def require(condition, message):
 
 
 @contextlib.contextmanager
-def naming(place, what="cannot be used"):
-    """Whatever goes wrong inside becomes an InputError that begins with `place`: a file, a
-    file:line, an option. An InputError, which names its place already, passes as it is."""
+def blame(place, what="cannot be used"):
+    """Turn any error inside into an InputError that begins with `place`: a file, a file:line, an
+    option. An InputError, which names its place already, passes as it is."""
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit):
@@ -54,9 +56,6 @@ def in_short(error):
     return textwrap.shorten(said, 240, placeholder=" ...")
 
 
-# What the allocators of host and card say, and gloo or NCCL when a process is gone.
-NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
-NO_RANK = ("by peer", "Broken pipe", "pair closure")
 HELP = {"not finite": "; a lower --lr may help",
         "out of memory": "; lower --max-tokens (eval.py: or --batch-size); train.py has "
                          "--checkpointing and --bf16-weights, too"}
@@ -66,17 +65,60 @@ def cause(error):
     """What stopped a program that began well, in a few words. None for a defect of the program."""
     if isinstance(error, FloatingPointError):
         return "not finite"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    memory = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")  # host's, card's
+    if isinstance(error, MemoryError) or any(said in str(error) for said in memory):
         return "out of memory"
-    if isinstance(error, (RuntimeError, OSError, SafetensorError)):
-        if any(said in str(error) for said in NO_MEMORY):
-            return "out of memory"
-        if not isinstance(error, RuntimeError):
-            return "stopped"  # the operating system's own message says why
-        if isinstance(error, dist.DistError) or any(said in str(error) for said in NO_RANK):
-            return "another rank has ended"
+    if isinstance(error, (OSError, SafetensorError, dist.DistError)):
+        return "stopped"  # the operating system's own message says why
     return None
 
+
+# Flags
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors, too."""
+
+    def __init__(self, description, epilog=None):
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def group(self, title):
+        """The function that adds a flag to a new group of them."""
+        return self.add_argument_group(title).add_argument
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def number(kind, low=-1e12, above=-math.inf):
+    """An argparse type: an int or float (not NaN), from `low` and above `above` up to 1e12."""
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= 1e12 and value > above):
+            needed = f"more than {above}" if above > low else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text}: {needed} is needed, and 1e12 at most")
+        return value
+    convert.__name__ = kind.__name__  # argparse's messages say "invalid float value"
+    return convert
+
+
+def nonempty(text):
+    """An argparse type: what names a file, folder or model; not empty, as an unset variable is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name; is a variable unset?")
+    text.encode()  # raises for what is not UTF-8: safetensors would not open it
+    return text
+
+
+def interval(text):
+    """An argparse type: '2epochs' -> (2, True), '100' -> (100, False); 0 is never."""
+    digits = text.removesuffix("epochs").removesuffix("epoch")
+    if not digits.isascii() or not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: give steps (100) or epochs (1epoch)")
+    return int(digits), digits != text
+
+
+# The end of a program
 
 def under_torchrun():
     """Whether torchrun started this process, passes signals on to it and waits for its end."""
@@ -97,8 +139,6 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def wrapped(argv=None):
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and in_main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # other while libraries load
         first = speaks_for_all()
         try:
             return main(argv)
@@ -111,12 +151,11 @@ def one_line_errors(main):
         except Failure as e:
             status, message = 1, e
         except Exception as e:
-            kind = cause(e)
-            if not kind:
+            if not cause(e):
                 raise
-            status, message = 1, f"{kind}: {in_short(e)}{HELP.get(kind, '')}"
-            if kind == "stopped":
-                message = e  # it names the file
+            status, message = 1, e  # the operating system's message names the file
+            if cause(e) == "out of memory":
+                message = f"out of memory: {in_short(e)}{HELP['out of memory']}"
         if message:
             print("error: " + printable(message), file=sys.stderr)
         return status
@@ -126,11 +165,6 @@ def one_line_errors(main):
 def printable(text):
     """One line without control characters, which could play tricks on a terminal."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-
-
-def in_main_thread():
-    """Whether this thread may catch signals."""
-    return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
@@ -148,9 +182,9 @@ def caught_signals(*numbers):
         if number == signal.SIGINT and not under_torchrun():
             signal.signal(number, signal.SIG_DFL)
 
-    ignored = (signal.SIG_IGN, None)
-    before = {n: signal.getsignal(n) for n in numbers
-              if in_main_thread() and signal.getsignal(n) not in ignored}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in numbers if main_thread}
+    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, note)
     try:

@@ -2,7 +2,8 @@
 
     {"model": name, "evaluations": {"tofu data/forget05.jsonl": {"settings", "run", "values"}, ...}}
 
-"values" are {split: [record]}, a record a question or text; None where a number has no value.
+"values" are {split: [record]}, a record a question or text; None where a number has no value. At
+the end: others' logs, and whether a reference was asked what the model was.
 """
 
 import hashlib
@@ -17,13 +18,12 @@ import torch
 import transformers
 
 from . import distributed
-from .errors import Failure, in_short, naming, printable, require
-from .files import check_writable, filling, owned
+from .errors import Failure, in_short, blame, printable, require
 from .models import fingerprint, load_skeleton
-from .official_logs import official_entry
+from .run_folder import check_writable, owned, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DEFINITIONS = 2  # what was measured before a metric was defined otherwise is measured again
+DEFINITIONS = 3  # what was measured before a metric was defined otherwise is measured again
 
 
 class Evaluation(NamedTuple):
@@ -82,11 +82,12 @@ def saved_entry(argument, asked, options):
 
 
 def run(argument, asked, options):
-    """Evaluate one model and save the result; if that fails, `show` says so after the table."""
+    """Evaluate one model and save the result. If that fails, "unsaved" says why: `show` prints the
+    table first."""
     began, settings = time.time(), {**asked.settings, "weights": fingerprint(argument)}
     values = asked.measure(argument)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
-             "python": sys.version.split()[0], "device": str(options.device),
+             "python": sys.version.split()[0], "device": options.device,
              "ranks": distributed.world(), "batch_size": options.batch_size,
              "max_tokens": options.max_tokens, "seconds": round(time.time() - began, 1)}
     entry = {"settings": settings, "run": about, "values": values}
@@ -95,8 +96,8 @@ def run(argument, asked, options):
         try:
             save(path, argument, asked.key, entry)
         except (OSError, ValueError) as e:  # no room, or what others have put there meanwhile
-            options.unsaved = (f"{path}: cannot be written: {in_short(e)}; the results are only "
-                               "printed")
+            entry["unsaved"] = (f"{path}: cannot be written: {in_short(e)}; the results are only "
+                                "printed")
     distributed.barrier()
     return entry
 
@@ -104,13 +105,11 @@ def run(argument, asked, options):
 def save(path, argument, key, entry):
     """Put one evaluation into an eval.json, which others may be writing, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with owned(path.with_name(".eval.lock")):
+    with owned(path.parent):
         saved = read_json(path) if path.exists() else {"model": argument, "evaluations": {}}
         saved["evaluations"].pop(key, None)  # the newest stands last
         saved["evaluations"][key] = entry
-        with filling(path.parent) as scratch:
-            text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
-            (scratch / path.name).write_text(text)
+        write(path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
 
 def relative(path):
@@ -134,7 +133,7 @@ def require_files(arguments):
     """InputError for a model where only files of results can be shown."""
     for argument in arguments:
         require(Path(argument).is_file(), f"{argument}: no saved results; to evaluate a model, "
-                "--forget, --muse or --kl is needed: it says on what, for example "
+                "--forget or --muse is needed: it says on what, for example "
                 "--forget data/forget05")
 
 
@@ -142,7 +141,7 @@ def require_files(arguments):
 
 def read_json(path):
     """What a file of results holds. NaN and Infinity, which are not JSON, are no value: None."""
-    with naming(path, "cannot be read as JSON"):
+    with blame(path, "cannot be read as JSON"):
         require(path.is_file(), f"{path}: not a file; move it away")  # a pipe would be waited for
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     ours = path.name == "eval.json" or isinstance(value, dict) and "evaluations" in value
@@ -164,63 +163,19 @@ def read_entry(path, asked):
     else:
         require(mode == "tofu", f"{path}: an official TOFU log has no {mode} results")
         entry = official_entry(path, saved)
-    with naming(path, f"its {mode} values are not those that eval.py writes"):
+    with blame(path, f"its {mode} values are not those that eval.py writes"):
         return {**entry, "values": asked.read(entry["values"])}
-
-
-# From records to numbers, or to the reason why there is none
-
-class Undefined(Exception):
-    """A metric has no value; the message says why. It becomes a footnote of the table."""
-
-
-def column(values, split, field):
-    """A field of every record of a split; raises Undefined unless each has a value."""
-    records = values.get(split, [])
-    if split == "holdout" and not records:
-        raise Undefined("needs a holdout beside the forget set (forget05: holdout05)")
-    if not records or any(field not in record for record in records):
-        raise Undefined("its file does not hold this")
-    lost = [record for record in records if record[field] is None]
-    if lost:
-        why = "not finite (NaN), or no room in the model's context,"
-        if field.startswith("rouge") and lost[0].get("generated") is not None:
-            why = "ROUGE knows a-z and 0-9 only, and there is none in the answer"
-        raise Undefined(f"{why} for {len(lost)} of {len(records)} {split} examples")
-    return [record[field] for record in records]
-
-
-def given(reference):
-    if reference is None:
-        raise Undefined("needs a retain-only model: --reference MODEL, eval.json or official log")
-    return reference
-
-
-def mean(values, split, field, transform=float):
-    kept = column(values, split, field)
-    return math.fsum(map(transform, kept)) / len(kept)
-
-
-def attempt(function, *args):
-    """The function's value, or the reason why there is none."""
-    try:
-        return function(*args)
-    except Undefined as reason:
-        return str(reason)
-
-
-def finite(x):
-    return x if x is not None and math.isfinite(x) else None
 
 
 # The table
 
-def show(columns, entries, options):
+def show(columns, entries, markdown):
     """Print the table and how many records it is of; then, if results could not be saved, fail."""
-    table = format_table(columns, options.markdown)
+    table = format_table(columns, markdown)
     distributed.say(table + "\n\n" + count_records(columns, entries))
-    if getattr(options, "unsaved", None):
-        raise Failure(options.unsaved)
+    for entry in entries.values():
+        if "unsaved" in entry:
+            raise Failure(entry["unsaved"])
 
 
 def format_table(columns, markdown):
@@ -275,3 +230,113 @@ def titles(arguments):
         path = path.parent if path.name == "eval.json" else path
         names.append((path.stem if path.is_file() else path.name) or str(path))
     return names if len(set(names)) == len(names) else list(arguments)
+
+
+# Others' logs as evaluations of ours
+
+TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
+             "real_authors": "eval_real_author_wo_options.json",
+             "world_facts": "eval_real_world_wo_options.json"}
+OPEN_UNLEARNING = {
+    "forget_quality": "forget quality (KS p)", "model_utility": "model utility",
+    "retain_Q_A_Prob": "retain probability", "retain_Q_A_ROUGE": "retain ROUGE-L recall",
+    "retain_Truth_Ratio": "retain truth ratio",
+    "ra_Q_A_Prob_normalised": "real authors probability",
+    "ra_Q_A_ROUGE": "real authors ROUGE-L recall", "ra_Truth_Ratio": "real authors truth ratio",
+    "wf_Q_A_Prob_normalised": "world facts probability",
+    "wf_Q_A_ROUGE": "world facts ROUGE-L recall", "wf_Truth_Ratio": "world facts truth ratio",
+    "forget_Q_A_Prob": "forget probability",
+    "forget_Q_A_PARA_Prob": "forget paraphrase probability",
+    "forget_Q_A_ROUGE": "forget ROUGE-L recall", "forget_truth_ratio": "forget truth ratio",
+    "exact_memorization": "forget exact memorization", "privleak": "forget PrivLeak"}
+
+
+def official_entry(path, log):
+    """An entry from TOFU's eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json."""
+    with blame(path, "not an eval.json, an eval_log_aggregated.json of TOFU or a TOFU_EVAL.json "
+                "of OpenUnlearning"):
+        parts = {name: part for name, part in log.items() if isinstance(part, dict)}
+        if any("agg_value" in part for part in parts.values()):
+            return open_unlearning_entry(parts)
+        values = {split: tofu_split(name, log[name]) for split, name in TOFU_LOGS.items()}
+        return {"settings": None, "values": values}
+
+
+def tofu_split(name, log):
+    """The records of one split of an eval_log_aggregated.json."""
+    columns = {"nll": log["avg_gt_loss"], "paraphrased_nll": log["avg_paraphrased_loss"],
+               "perturbed_nll": log["average_perturb_loss"], "rouge_l_recall": log["rougeL_recall"]}
+    if "generated_text" in log:
+        columns["texts"] = log["generated_text"]  # prompt, continuation, answer
+    if isinstance(log["avg_gt_loss"], dict):  # by index, from several GPUs; lists from one
+        if len({frozenset(column) for column in columns.values()}) > 1:
+            raise ValueError(f"the columns of {name} have other keys")
+        columns = {field: by_index(column) for field, column in columns.items()}
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(f"the columns of {name} are of other lengths")
+    records = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    for record in records:
+        if "texts" in record:
+            _, record["generated"], record["answer"] = record.pop("texts")
+    return records
+
+
+def open_unlearning_entry(log):
+    """As values what eval.py can compute with, 1/R and Min-40% scores; as rows all that it says."""
+    def scores(part):
+        return part.get("value_by_index") or {}
+
+    attack = log.get("mia_min_k", {})
+    members = scores(attack.get("forget", {}))
+    texts = scores(log.get("forget_Q_A_ROUGE", {}))
+    forget = []
+    for index, kept in sorted(scores(log.get("forget_truth_ratio", {})).items(), key=by_number):
+        inverse = score_of(kept)
+        ratio = 1 / inverse if inverse else math.inf
+        record = {"truth_ratio": None if inverse is None else ratio}
+        if index in members:
+            record["min_k"] = score_of(members[index])
+        if "ground_truth" in texts.get(index, {}):
+            record["answer"] = texts[index]["ground_truth"]
+        forget.append(record)
+    values = {"forget": forget}
+    if members:
+        holdout = by_index(scores(attack["holdout"]))
+        values["holdout"] = [{"min_k": score_of(kept)} for kept in holdout]
+    rows = {OPEN_UNLEARNING.get(name, name): float(part["agg_value"]) for name, part in log.items()
+            if isinstance(part.get("agg_value"), (int, float))}
+    return {"settings": None, "values": values, "rows": rows}
+
+
+def score_of(part):
+    """A question's score; None where the log has NaN, which read_json gives as None."""
+    return None if part["score"] is None else float(part["score"])
+
+
+def by_number(item):
+    return int(item[0])
+
+
+def by_index(column):
+    return [value for _, value in sorted(column.items(), key=by_number)]
+
+
+def check_reference(entry, reference, name):
+    """InputError unless a reference was asked the same questions, in the same words."""
+    for split in ("forget", "holdout"):
+        mine, other = (e["values"].get(split, []) for e in (entry, reference))
+        if split == "holdout" and not (mine and other):
+            continue  # a footnote says so
+        require(len(mine) == len(other), f"{name}: has answered {len(other)} {split} questions, "
+                f"the model {len(mine)}; they must be the same ones (--limit says how many)")
+        for i, (a, b) in enumerate(zip(mine, other), 1):
+            for field in ("question", "answer"):
+                require(alike(a, b, field), f"{name}: its {split} question {i} is another than the "
+                        "model's; it was measured on another forget set")
+            require(alike(a, b, "prompt"), f"{name}: was asked {b.get('prompt')!r}, the model "
+                    f"{a.get('prompt')!r}; measure both with one --template, --system and --date")
+
+
+def alike(a, b, field):
+    """Whether two records agree in a text, as far as both hold it."""
+    return field not in a or field not in b or str(a[field]).split() == str(b[field]).split()

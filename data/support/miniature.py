@@ -13,34 +13,39 @@ import torch.distributed as dist
 from ..load import load_examples
 from .data_files import find
 from .distributed import say
-from .errors import InputError, caught_signals, naming, require
-from .files import digest, is_finished, owned
+from .errors import InputError, blame, caught_signals, require
 from .models import load_tokenizer
+from .run_folder import digest, is_finished
 
 DATA = Path(__file__).resolve().parent.parent
 TRAIN = DATA.parent / "train.py"
 TOKENIZER = str(DATA / "mini_model")  # of all the miniature's models
+BASE_MODEL, TARGET_MODEL = str(Path("runs", "base")), str(Path("runs", "target"))
 # Flags that are not given, when --model is left out: what suits a million parameters.
 UNLEARN = {"lr": 5e-4, "epochs": 20, "forget_weight": 0.5}
 FINETUNE = {"lr": 5e-4, "epochs": 16}
 BASE = {"lr": 2e-3, "epochs": 10}  # from random weights
 
 
-def prepare(args):
-    """Choose the built-in start model of a command without --model; returns the flags for it."""
+def start_model(args):
+    """The built-in start model of a command without --model, and the flags that suit it."""
     path = find(args.forget or args.retain)
     require(is_builtin(path), f"--model is needed for {path}: the built-in model knows only the "
             "built-in data; try --model open-unlearning/tofu_Llama-3.2-1B-Instruct_full, or "
             "locuslab/tofu_ft_llama2-7b with --template llama2")
-    suited = UNLEARN if args.forget else FINETUNE
-    args.model = str(Path("runs", "target" if args.forget else "base"))
-    require(args.output.resolve() != Path(args.model).resolve(),
+    model, suited = (TARGET_MODEL, UNLEARN) if args.forget else (BASE_MODEL, FINETUNE)
+    require(args.output.resolve() != Path(model).resolve(),
             f"{args.output}: the built-in model itself is kept there; pass another --output")
     given = {name: getattr(args, name) for name in suited if getattr(args, name) is not None}
     flags = " ".join(f"--{name.replace('_', '-')} {value:g}"
                      for name, value in (suited | given).items())
     say(f"Built-in miniature benchmark: {flags} (a real model: --model FOLDER_OR_HUB_NAME)")
-    return suited
+    return model, suited
+
+
+def is_start_model(args):
+    """Whether the start model is the miniature's, which is made when it is missing."""
+    return args.model in (BASE_MODEL, TARGET_MODEL) and is_builtin(find(args.forget or args.retain))
 
 
 def is_builtin(path):
@@ -52,7 +57,7 @@ def target_and_retrained(forget):
     """What to show beside a model that forgot a built-in set: runs/target and runs/retainNN."""
     percent = forget.stem.removeprefix("forget").removesuffix("_perturbed")
     require(percent.isdigit(), f"{forget}: not one of the built-in forget sets; pass --reference")
-    return str(Path("runs", "target")), str(Path("runs", f"retain{100 - int(percent)}"))
+    return TARGET_MODEL, str(Path("runs", f"retain{100 - int(percent)}"))
 
 
 def is_made(folder, data):
@@ -61,39 +66,30 @@ def is_made(folder, data):
     if not (is_finished(folder) or (folder / "eval.json").is_file()):
         return False
     if (path := folder / "args.json").is_file():
-        with naming(path, f"cannot be compared with {data}"):
-            made = json.loads(path.read_text())
-            examples = load_examples(find(data), load_tokenizer(TOKENIZER), made["max_length"])
-            require(made["retain data"] == digest(examples), f"{folder}: made from other data than "
-                    f"{data} holds now; delete it, to have it made again, or move it away")
+        with blame(path, f"cannot be compared with {data}"):
+            examples = load_examples(find(data), load_tokenizer(TOKENIZER), 2048)
+            same = json.loads(path.read_text())["retain data"] == digest(examples)
+        require(same, f"{folder}: made from other data than {data} holds now; delete it, to have "
+                "it made again, or move it away")
     return True
 
 
 def make(folder):
     """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
-    unless it is there.
-
-    A process that comes while another makes it waits. A failure there ends this process with its
-    status.
-    """
+    unless it is there. A failure ends this process with the status of the one that trains."""
     data = DATA / {"base": "base", "target": "full"}.get(folder.name, folder.name)
-    if is_made(folder, data):
-        return
-    flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
-    if folder.name == "base":
-        flags += ["--init", TOKENIZER]
-        flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
-    if dist.is_initialized():
-        raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
-                         + shlex.join(["python", "train.py", *flags]))
-    with owned(folder.with_name(f".{folder.name}.lock")) as lock:
-        if not is_made(folder, data):  # by now
-            say(f"Making {folder} first, once (data/{data.name})")
-            command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
-            # Ctrl-C reaches the child, too, which saves. If this process dies, the child goes on
-            # and still holds the lock.
-            with caught_signals(signal.SIGINT):
-                status = subprocess.run(command, pass_fds=[lock.fileno()]).returncode
-            if status:
-                say(f"{folder} is half made; the same command as now goes on with it")
-                sys.exit(status if status > 0 else 128 - status)
+    if not is_made(folder, data):
+        flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
+        if folder.name == "base":
+            flags += ["--init", TOKENIZER]
+            flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
+        if dist.is_initialized():
+            raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
+                             + shlex.join(["python", "train.py", *flags]))
+        say(f"Making {folder} first, once (data/{data.name})")
+        command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
+        with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves
+            status = subprocess.run(command).returncode
+        if status:
+            say(f"{folder} is half made; the same command as now goes on with it")
+            sys.exit(status if status > 0 else 128 - status)

@@ -1,4 +1,4 @@
-"""Model folders and hub names: opened safely, refused with a reason.
+"""Model folders and hub names: opened safely or refused with a reason, saved as they were opened.
 
 Only safetensors are read; no remote code runs.
 """
@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from transformers.utils import cached_file, has_file, logging
 
 from .data_files import LFS
-from .errors import InputError, naming, require
-from .files import own_files
+from .errors import InputError, blame, require
 
 logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
 if not sys.stderr.isatty():
@@ -29,13 +28,15 @@ SPARE = re.compile(r"rotary_emb|inv_freq|attn\.(masked_)?bias$|^(v_head|value_he
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
+# Opening
+
 def load_pretrained(path, dtype=torch.float32):
     """The causal language model and tokenizer at a folder or hub name.
 
     Raises InputError for anything but a complete causal model with a tokenizer that has an EOS.
     """
     skeleton, tokenizer = load_skeleton(path)
-    with naming(path, "the model cannot be loaded"):
+    with blame(path, "the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=skeleton.config, dtype=dtype, use_safetensors=True,
             ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
@@ -45,6 +46,8 @@ def load_pretrained(path, dtype=torch.float32):
     unused = sorted(name for name in info["unexpected_keys"] if not SPARE.search(name))
     require(not unused, f"{path}: config.json has no place for {len(unused)} of the checkpoint's "
             f"weights, {next(iter(unused), '')} first; they do not belong together")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # else it changes if its file is written over in place
     check_causal(path, model)
     return model, tokenizer
 
@@ -69,12 +72,39 @@ def load_skeleton(path, weights=True):
     """
     check_model_folder(path, weights)
     config, tokenizer = load_config(path), load_tokenizer(path)
-    with naming(path, "config.json describes no model that can be built"), torch.device("meta"):
+    with blame(path, "config.json describes no model that can be built"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **SAFE)
     size = vocabulary(model)
     require(tokenizer.eos_token_id < size, f"{path}: the EOS is token {tokenizer.eos_token_id}, "
             f"the model's embedding has only {size}; they do not belong together")
     return model, tokenizer
+
+
+def load_config(path):
+    with blame(path, "config.json cannot be used"):
+        config = AutoConfig.from_pretrained(path, **SAFE)
+        name = str((config.architectures or ["ForCausalLM"])[0])
+        text = config.get_text_config()
+    require(name.endswith("ForCausalLM") or config.is_encoder_decoder or text is config,
+            f"{path}: config.json: {name} holds a language model beside others (for images, "
+            f"sound ...); save its {text.model_type} part as a model of its own")
+    require(not config.is_encoder_decoder and name.endswith(("ForCausalLM", "LMHeadModel")),
+            f"{path}: config.json: {name} is not a causal (left-to-right) language model")
+    return config
+
+
+def load_tokenizer(path):
+    folder = Path(path)
+    there = not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
+    require(there, f"{path}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)})")
+    with blame(path, "the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
+        tokenizer("a b")
+    require(tokenizer.eos_token_id is not None,
+            f"{path}: the tokenizer has no EOS token, so an answer has no end; set eos_token")
+    require(not isinstance(tokenizer.chat_template, dict),
+            f"{path}: the tokenizer has several chat templates; keep one, as a string")
+    return tokenizer
 
 
 def vocabulary(model):
@@ -97,6 +127,12 @@ def rope_borders(model):
             if table.get("rope_type") == "longrope"]
 
 
+# Refusing
+
+ADAPTER = ("an adapter (adapter_config.json); merge it with peft's merge_and_unload and save the "
+           "whole model, with its tokenizer, elsewhere")
+
+
 def check_model_folder(path, weights):
     """Raise InputError when a local folder is missing, or should hold safetensors and does not."""
     folder = Path(path)
@@ -104,22 +140,19 @@ def check_model_folder(path, weights):
         local = folder.is_absolute() or len(folder.parts) > 2
         require(not local and folder.parts[0] not in (".", "..", "runs", "data"),
                 f"{path}: no such folder, and not a hub name such as meta-llama/Llama-3.2-1B")
-        with naming(path):  # transformers itself would try for half a minute
+        with blame(path):  # transformers itself would try for half a minute
             require(has_file(path, "config.json"), f"{path}: no such folder, and the Hugging Face "
                     "hub has no such model or cannot be reached from here")
+            require(not has_file(path, "adapter_config.json"), f"{path}: holds {ADAPTER}")
         return
     require(folder.is_dir(), f"{path}: a file, where a model folder is meant")
     names = sorted(p.name for p in folder.iterdir())
     for file in folder.glob("*.*"):
-        with naming(file, "cannot be read"):
+        with blame(file, "cannot be read"):
             pointer = file.is_file() and file.open("rb").read(len(LFS)) == LFS
         require(not pointer, f"{file}: a Git LFS pointer, not the file itself; run: git lfs pull")
     # transformers would put an adapter on top of weights that may hold it already
-    whole = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
-    require("adapter_config.json" not in names, f"{path}: " + (
-        "a model and an adapter (adapter_config.json); move one of them away" if whole else
-        "an adapter (LoRA) without its model; merge them with peft's merge_and_unload and save "
-        "the whole, with the tokenizer"))
+    require("adapter_config.json" not in names, f"{path}: holds {ADAPTER}")
     require("config.json" in names or "args.json" not in names,
             f"{path}: a training run that is not finished; go on with its command and --resume")
     if weights and not any(name.endswith(".safetensors") for name in names):
@@ -137,7 +170,7 @@ def check_shards(index, names):
 
     transformers alone would open a pickle that the index names, or a file elsewhere.
     """
-    with naming(index, "cannot be read"):
+    with blame(index, "cannot be read"):
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         wrong = [s for s in shards if s not in names or not s.endswith(".safetensors")]
     require(not wrong,
@@ -148,7 +181,7 @@ def check_shards(index, names):
 def check_causal(path, model):
     """Raise InputError when a token changes what is predicted before it, as in BERT."""
     ids = torch.tensor([[2, 3, 4, 5], [2, 3, 4, 6]], device=model.device) % vocabulary(model)
-    with naming(path, f"{type(model).__name__} does not turn tokens into logits"):
+    with blame(path, f"{type(model).__name__} does not turn tokens into logits"):
         logits = model(input_ids=ids, use_cache=False).logits.float()
         change = (logits[0] - logits[1]).abs().amax(-1)
     tolerance = torch.finfo(model.dtype).eps ** 0.5
@@ -169,7 +202,7 @@ def check_generation(path, model):
     padded = torch.stack([torch.cat([ids[8:], ids[:8]]), ids])
     mask = torch.ones_like(padded)
     mask[0, :3] = 0
-    with naming(path, f"{type(model).__name__} cannot generate"):
+    with blame(path, f"{type(model).__name__} cannot generate"):
         new = model.generate(
             padded, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
             num_beams=1, stop_strings=None, pad_token_id=0, output_logits=True,
@@ -185,55 +218,74 @@ def check_generation(path, model):
             "than without; what it generates cannot be trusted, so it is not evaluated")
 
 
-def load_config(path):
-    with naming(path, "config.json cannot be used"):
-        config = AutoConfig.from_pretrained(path, **SAFE)
-        name = str((config.architectures or ["ForCausalLM"])[0])
-        text = config.get_text_config()
-    require(name.endswith("ForCausalLM") or config.is_encoder_decoder or text is config,
-            f"{path}: config.json: {name} holds a language model beside others (for images, "
-            f"sound ...); save its {text.model_type} part as a model of its own")
-    require(not config.is_encoder_decoder and name.endswith(("ForCausalLM", "LMHeadModel")),
-            f"{path}: config.json: {name} is not a causal (left-to-right) language model")
-    return config
+# Generating
+
+def generation_batches(model, prompts, room, batch_size):
+    """Index lists of prompts of equal room and like length (all wait while the longest is read).
+
+    Of equal length where the generation_config looks back, which would take the padding for text,
+    and where one may cross a border of its rotary tables, which a shorter one would reach later.
+    """
+    looks_back = any(getattr(model.generation_config, name, None) not in (None, 0, 1)
+                     for name in ("repetition_penalty", "no_repeat_ngram_size", "min_length",
+                                  "bad_words_ids", "sequence_bias"))
+    borders, batches = rope_borders(model), []
+    for i in sorted(range(len(prompts)), key=lambda i: (room[i], len(prompts[i]))):
+        first = batches[-1][0] if batches else i
+        length = len(prompts[i])
+        alike = looks_back or any(length + room[i] > border for border in borders)
+        apart = room[i] != room[first] or length - len(prompts[first]) > (0 if alike else 32)
+        if room[i] > 0 and (not batches or apart or len(batches[-1]) == batch_size):
+            batches.append([])
+        if room[i] > 0:
+            batches[-1].append(i)
+    return batches[::-1]  # the longest first, so that memory runs out at once or never
 
 
-def load_tokenizer(path):
-    folder = Path(path)
-    there = not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
-    require(there, f"{path}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)})")
-    with naming(path, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
-    require(tokenizer.eos_token_id is not None,
-            f"{path}: the tokenizer has no EOS token, so an answer has no end; set eos_token")
-    require(not isinstance(tokenizer.chat_template, dict),
-            f"{path}: the tokenizer has several chat templates; keep one, as a string")
-    return tokenizer
+def decode(tokenizer, sequences, **options):
+    return [None if ids is None else tokenizer.decode(ids, skip_special_tokens=True, **options)
+            for ids in sequences]
 
+
+class Finite(LogitsProcessor):
+    """Changes nothing; notes for each step in which rows all logits were numbers."""
+
+    def __init__(self):
+        self.finite = []
+
+    def __call__(self, input_ids, scores):
+        self.finite.append(scores.amax(-1).isfinite())
+        return scores
+
+
+# Saving
 
 def check_savable(path, model):
     """Try before training what saving needs: that transformers writes this config again. Returns
-    {name: content} of the files that unlearning does not change."""
+    {name: content} of the files that unlearning does not change: configs and tokenizer."""
     require(not getattr(model.config, "quantization_config", None), f"{path}: its weights are "
             "quantized, and would be saved as they are trained, not as config.json says; train a "
             "model that is not quantized, or remove quantization_config and dequantize it")
-    with naming(path, "a model with this config.json could not be saved"):
+    with blame(path, "a model with this config.json could not be saved"):
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)
-        return {file.name: file.read_bytes() for file in model_files(path)}
+        folder = Path(cached_file(str(path), "config.json")).parent
+        return {file.name: file.read_bytes() for file in own_files(folder)}
 
 
-def model_files(path):
-    """The config, generation config and tokenizer files of a folder or hub name: unlearning
-    changes none of them."""
-    return own_files(Path(cached_file(str(path), "config.json")).parent)
+def own_files(folder):
+    """What a model folder holds besides weights: configs, tokenizer, chat template."""
+    return [p for p in sorted(Path(folder).iterdir()) if p.is_file()
+            and p.suffix in (".json", ".jinja", ".txt", ".model") and not p.name.startswith(".")
+            and p.name not in ("args.json", "eval.json", "adapter_config.json")
+            and not p.name.endswith(".index.json")]
 
 
 def fingerprint(path):
     """What decides a model's answers, wherever it lies: a hash of a folder's configs, tokenizer
     and weights, or the commit that a hub name leads to."""
     if not Path(path).exists():
-        with naming(path, "its commit is unknown, as the Hugging Face hub cannot be reached"):
+        with blame(path, "its commit is unknown, as the Hugging Face hub cannot be reached"):
             return Path(cached_file(str(path), "config.json")).parent.name
     digest = hashlib.sha256()
     for file in [*own_files(path), *sorted(Path(path).glob("*.safetensors"))]:
@@ -280,7 +332,7 @@ def check_mergeable(model, expected):
     """Raise InputError unless an adapted model can be saved as a plain one: its merge has the
     `expected` {name: shape}, all that is trained goes into it, and no adapter changes a weight that
     is used in two places."""
-    with naming("train.adapt", "the adapters cannot be merged"), merged(model):
+    with blame("train.adapt", "the adapters cannot be merged"), merged(model):
         saved = savable_tensors(model)
     got, known = {name: tensor.shape for name, tensor in saved}, {id(tensor) for _, tensor in saved}
     other = sorted(dict(got.items() ^ expected.items()))

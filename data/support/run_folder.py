@@ -6,16 +6,22 @@
     checkpoint-NNNNNNNN.safetensors  weights and optimizer state after that step, until the end
     config.json, *.safetensors ...   the finished model; config.json comes last
 
-Under torchrun rank 0 alone reads and writes it: other machines need not see the same disk.
+Under torchrun rank 0 alone reads and writes it: other machines need not see the same disk. The
+first part, files that are there whole or not at all, is used for eval.json, too.
 """
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,57 +29,108 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from . import distributed, miniature
+from . import distributed
 from .data_files import find
-from .errors import HELP, Failure, caught_signals, cause, in_short, naming, require
-from .files import (CHECKPOINT, HALF_DONE, check_writable, checkpoints, digest, filling,
-                    is_finished, owned)
-from .models import check_model_folder, fingerprint, model_files
+from .errors import HELP, Failure, InputError, blame, caught_signals, cause, in_short, require
 
-# Arguments that args.json does not hold; those whose content is compared, not their spelling; and
-# those that a resumed run may change. The ranks of one run must have the same of these, too.
-UNKEPT = {"output", "resume", "device", "mini", "kl"}
-PATHS = {"forget", "retain", "model", "init"}
-FREE = {*PATHS, "save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
-LOCK = ".lock"
+# What args.json does not hold; and what a resumed run, or another rank, may have otherwise: names
+# whose content is compared by its hash, and (a resumed run only) what does not change the result.
+UNKEPT = {"output", "resume", "device"}
+NAMES = {"forget", "retain", "model", "init"}
+FREE = {"save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
+LOCK, HALF_DONE = ".lock", ".half-done"
+CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+# Files that are there whole or not at all, and that have one owner at a time
+
+def check_writable(path):
+    """Raise InputError unless a file can be made in the folder at `path`, or in the nearest one
+    above it that exists."""
+    with blame(path, "not a name that a file can have"):
+        path = path.absolute()
+        folder = next(p for p in (path, *path.parents) if p.exists())
+    with blame(path, f"{folder} cannot be written to"):
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:  # some file systems know no fsync of folders
+        if not path.is_dir() or e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def filling(folder):
+    """A scratch folder within `folder`. What is put there takes its place when all is there,
+    config.json last, and whole: after a power loss, too, a file is the old one or the new one."""
+    scratch = folder / HALF_DONE
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        files = sorted(scratch.iterdir(), key=lambda path: path.name == "config.json")
+        for path in files:
+            with contextlib.suppress(OSError):  # safetensors lets nobody else read its files
+                path.chmod(scratch.stat().st_mode & 0o666)
+            fsync(path)
+        for path in files:
+            os.replace(path, folder / path.name)
+        fsync(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write(path, text):
+    """Put a text file in place whole."""
+    with filling(path.parent) as scratch:
+        (scratch / path.name).write_text(text)
+
+
+@contextlib.contextmanager
+def owned(path, busy=None):
+    """Hold the lock of a folder, or of a lock file. If another process has it: wait, or raise
+    InputError(busy). Where the file system has no locks, the caller is on its own."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise InputError(busy) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # Before a run
 
-def check(args, forget, retain):
-    """Raise InputError unless the output is new or holds this very run; makes the built-in start
-    model. Returns the settings to keep in args.json, None if the run is complete."""
-    output, start = args.output, args.init or args.model
+def settings_of(args, forget, retain):
+    """What args.json says of a run before its start model is known: flags and hashes of data."""
     settings = {key: value for key, value in vars(args).items() if key not in UNKEPT}
-    settings |= {"forget data": digest(forget), "retain data": digest(retain)}
-    if distributed.first():
-        check_output(output, args.resume)
-        compare(output, settings)
-        if is_finished(output):
-            files = model_files(miniature.TOKENIZER if args.mini else start)
-            gone = sorted(file.name for file in files if not (output / file.name).exists())
-            require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
-            if not args.mini:
-                compare(output, settings | {"start": fingerprint(start)})
-            return None
-    if args.mini:
-        miniature.make(Path(args.model))
-        check_model_folder(start, weights=True)  # its results may have outlived it
-    settings["start"] = fingerprint(start)
-    if distributed.first():
-        compare(output, settings)
-    return settings
+    return settings | {"forget data": digest(forget), "retain data": digest(retain)}
 
 
-def check_output(output, resume):
-    """An output folder is new or empty, or holds the run to resume; and it can be written to."""
-    with naming(output, "not a name for a folder"):
+def digest(examples):
+    """A hash of what a model sees of these Examples."""
+    content = repr([(e.input_ids, e.start) for e in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def check_run(output, settings, resume, files):
+    """Whether the run in the folder `output` is complete, on rank 0. Raises InputError unless the
+    folder is new, or holds this very run; a complete one needs its model's `files`, too."""
+    if not distributed.first():
+        return False
+    with blame(output, "not a name for a folder"):
         names = {p.name for p in output.iterdir()} if output.is_dir() else set()
         require(output.is_dir() or not output.exists(),
                 f"{output}: a file, where --output needs a folder")
-        odd = sorted(name for name in names if (path := output / name).exists()
-                     and not path.is_file() and not path.is_dir())
-        require(not odd, f"{output}: {', '.join(odd)}: neither a file nor a folder; move it away")
     check_writable(output)
     names -= {LOCK, HALF_DONE}
     if resume:
@@ -83,55 +140,62 @@ def check_output(output, resume):
     else:
         require(not names, f"{output}: already holds a run or other files; pass another --output, "
                 "--resume, or delete it")
+    compare(output, settings)
+    if not is_finished(output):
+        return False
+    gone = sorted(files.keys() - names)
+    require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
+    return True
 
 
 def compare(output, settings):
     """Raise InputError if the run that was begun here had other arguments, data or weights."""
     path = output / "args.json"
-    with naming(path, "cannot be read, so the run cannot be resumed"):
+    with blame(path, "cannot be read, so the run cannot be resumed"):
         before = json.loads(path.read_text()) if path.exists() else {}
         changed = [f"{key.replace('_', '-')} was {value}, is {settings[key]}"
                    for key, value in before.items()
-                   if key not in FREE and key in settings and settings[key] != value]
+                   if key not in NAMES | FREE and key in settings and settings[key] != value]
     require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
 
 
-def is_complete(output, settings):
-    """Whether the run is complete. InputError if the ranks do not have the same run before them."""
-    first = distributed.from_first(settings)
-    if first is None:
-        tidy(output)
-        distributed.say(f"{output}: this run is complete")
-        return True
+def is_complete(output, settings, complete):
+    """Whether the run is complete, as rank 0 has found. Raises InputError, on every rank, unless
+    all have the same run before them, and it is this one."""
+    complete, first = distributed.from_first((complete, settings))
     with distributed.together():
-        other = [key for key in settings if key not in PATHS and settings[key] != first[key]]
+        other = [key for key in settings if key not in NAMES and settings[key] != first[key]]
         require(not other, f"{output}: rank {distributed.rank()} has another "
                 f"{', '.join(other).replace('_', '-')} than rank 0; all need the same arguments "
                 "and files")
-    return False
+        if distributed.first():
+            compare(output, settings)
+    if complete:
+        tidy(output)
+        distributed.say(f"{output}: this run is complete")
+    return complete
 
 
 # During a run
 
 @contextlib.contextmanager
-def going_on(args, settings, total):
+def session(args, settings, total):
     """What is around the loop: gives the step to start from, log(**record), and the list of signals
     caught.
 
-    The output has one owner; SIGINT, SIGTERM and SIGHUP are only noted; what fails names the
+    The output has one owner; SIGINT, SIGTERM and SIGHUP are only noted; an error names the
     checkpoint to go on from.
     """
     output, start = args.output, 0
     with contextlib.ExitStack() as stack:
         with distributed.together():
             if distributed.first():
+                output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(owned(
                     output / LOCK, f"{output}: another process is training into this folder; "
                     "wait for it, or pass another --output"))
-                check_output(output, args.resume)  # nobody was here meanwhile
-                compare(output, settings)
-                require(not is_finished(output),
-                        f"{output}: finished by another process meanwhile")
+                done = check_run(output, settings, args.resume, {})  # nobody was here meanwhile
+                require(not done, f"{output}: finished by another process meanwhile")
                 start = newest_step(output, total)
         start = distributed.from_first(start)
         caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -143,7 +207,7 @@ def going_on(args, settings, total):
         except Exception as e:
             if not cause(e):
                 raise
-            # What all ranks find alike stays what it is, so that only one prints it.
+            # All ranks find a loss that is not finite, so that only one prints it.
             kind = FloatingPointError if cause(e) == "not finite" else Failure
             raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; "
                        + last_checkpoint(output) + HELP.get(cause(e), "")) from None
@@ -186,26 +250,26 @@ def is_of_steps(line, start):
     return False
 
 
-def write(path, text):
-    with filling(path.parent) as scratch:
-        (scratch / path.name).write_text(text)
-
-
 def stopped(caught, step, total):
-    """Say so, and give the exit status."""
+    """Print that the run has stopped after a signal; the exit status."""
     distributed.say(f"Stopped after step {step} of {total}; "
                     "go on with the same command and --resume")
     return 128 + (caught or [signal.SIGTERM])[0]
 
 
-def is_due(every, step, epochs):
+def is_due(interval, step, epochs):
     """Whether something done every so many steps, or epochs, is done after this step."""
-    count, in_epochs = every
+    count, in_epochs = interval
     done = epochs.get(step) if in_epochs else step
     return bool(count and done) and done % count == 0
 
 
 # Checkpoints
+
+def checkpoints(folder):
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name))
+
 
 def last_checkpoint(output):
     found = checkpoints(output)
@@ -229,7 +293,7 @@ def put_checkpoint(output, step, tensors, about):
         about = {**about, "step": step, "tensors": len(tensors)}
         about = {key: json.dumps(value) for key, value in about.items()}
         save_file(tensors, scratch / path.name, about)
-    for old in filter(Path.is_file, checkpoints(output)):
+    for old in checkpoints(output):
         if old != path:
             old.unlink()
 
@@ -237,11 +301,9 @@ def put_checkpoint(output, step, tensors, about):
 def get_checkpoint(output, step, shapes):
     """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
     weights of these {name: (shape, dtype)}, and the moments of those that were trained."""
-    if not step:
-        return {}, None
     path, *older = checkpoints(output)[::-1]
     hint = f" (delete it to go on from {older[0].name})" if older else ""
-    with naming(path, f"not a whole checkpoint of this run{hint}"), safe_open(path, "pt") as file:
+    with blame(path, f"not a whole checkpoint of this run{hint}"), safe_open(path, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
@@ -257,24 +319,42 @@ def get_checkpoint(output, step, shapes):
 
 # The end
 
+def is_finished(folder):
+    """Whether a run ended here: there is a config.json, which `filling` puts last, and no
+    checkpoint. Raises InputError where the weights that belong to it are not whole."""
+    config, weights = folder / "config.json", ["model.safetensors"]
+    if not config.is_file() or checkpoints(folder):
+        return False
+    with blame(folder, "it has a config.json as if finished, but no whole model; delete the "
+               "config.json to train again"):
+        json.loads(config.read_bytes())["model_type"]
+        if not (folder / weights[0]).is_file():
+            index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+            weights = sorted(set(index["weight_map"].values()))
+        for name in weights:
+            with safe_open(folder / name, "pt"):  # raises where it is cut off
+                pass
+    return True
+
+
 def tidy(output):
     """Remove what only an unfinished run needs, and what one that was killed has left half done."""
     if distributed.first():
         for folder in (output, *output.glob("step-*")):
             shutil.rmtree(folder / HALF_DONE, ignore_errors=True)
-        for path in (output / LOCK, *filter(Path.is_file, checkpoints(output))):
+        for path in (output / LOCK, *checkpoints(output)):
             path.unlink(missing_ok=True)
 
 
 def report(args, seconds):
-    """What came of it, and what to do next."""
+    """Print what came of it, and what to do next."""
     records = [json.loads(line) for line in (args.output / "metrics.jsonl").open()]
     probes = [r for r in records if "epoch" in r]
     changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
                for name in ("forget_prob", "retain_prob") if name in probes[0]]
     skipped = sum("skipped" in r for r in records)
     distributed.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
-              + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
+                    + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
     if args.forget and (data := evaluation_flags(args, find(args.forget))):
         distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
 

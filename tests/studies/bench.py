@@ -54,7 +54,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data.load import Example, read_records  # noqa: E402
-from data.support.options import DTYPES  # noqa: E402
+from train import DTYPES  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "1M": (128, 384, 4, 4, 4, 1024, False),
@@ -97,7 +97,7 @@ def parse_args():
     args.max_tokens = args.max_tokens or (16384 if args.device.type == "cuda" else 1024)
     args.micro = args.micro or args.batch
     # what train.py's functions read
-    vars(args).update(loss="simnpo", retain_loss="nll", forget=True, kl=False, beta=BETA, gamma=0.0,
+    vars(args).update(loss="simnpo", retain_loss="nll", forget=True, beta=BETA, gamma=0.0,
                       forget_weight=FORGET_WEIGHT, retain_weight=1.0, lr=0.0, weight_decay=0.0)
     return args
 

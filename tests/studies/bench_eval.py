@@ -28,7 +28,6 @@ import eval as evaluation  # noqa: E402
 from data import make_mini  # noqa: E402
 from data.support import distributed, miniature, evaluations  # noqa: E402
 from data.support.data_files import tofu_records  # noqa: E402
-from data.support.options import evaluation_options  # noqa: E402
 
 
 @torch.inference_mode()
@@ -66,8 +65,8 @@ def main():
     if not args.model:
         miniature.make(Path("runs", "target"))
     argument = args.model or "runs/target"
-    options = evaluation_options([argument, "--limit", str(args.questions)], None)
-    options.device = distributed.start(options.device)
+    options = evaluation.arguments([argument, "--limit", str(args.questions)])
+    distributed.start(options.device)
     inventor = make_mini.Inventor(seed=1)
     people = math.ceil(args.questions / len(make_mini.FACTS))
     facts = make_mini.flat(inventor.person() for _ in range(people))
