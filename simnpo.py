@@ -140,8 +140,8 @@ def check_head(model):
     largest = expected.nan_to_num(0, 0, 0).abs().max()
     tolerance = float(max(1e-4, 2 * torch.finfo(expected.dtype).eps) * largest)
     if not torch.allclose(got.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True):
-        raise ValueError(f"simnpo.head_logits does not know how {type(model).__name__} makes logits "
-                         "of hidden states: add it there, or use sequence_logps on its logits")
+        raise ValueError(f"head_logits does not know how {type(model).__name__} makes logits of "
+                         "hidden states: add it there, or use sequence_logps on its logits")
 
 
 def chunk_rows(model):

@@ -85,79 +85,71 @@ def log_complement(logps):
     return (-logps.clamp(max=-1e-7).expm1()).log()
 
 
-# The flags. A default that is not given here depends on the model, the loss or the machine:
-# `arguments` fills it in.
+# The flags, each with its default. Where none is given here, it depends on the model, the loss or
+# the machine: `arguments` fills it in.
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # of real models: the official TOFU code
+COUNT, RATE, WEIGHT = number(int, low=1), number(float, above=0), number(float, low=0)
 
 
-def parser():
+def flags():
     parser = Parser(__doc__, "README.md has the flags of the paper's runs.")
     a = parser.group("model and data")
-    a("--model", type=nonempty, help="folder or hub name (safetensors). Default: the built-in "
-      "target, made first")
-    a("--init", type=nonempty, metavar="DIR", help="instead of --model: random weights for DIR's "
-      "config.json and tokenizer")
+    a("--model", type=nonempty, help="folder or hub name; default: the built-in target, made first")
+    a("--init", type=nonempty, metavar="DIR", help="instead: random weights for DIR's config.json "
+      "and tokenizer")
     a("--forget", type=nonempty, help="what to forget; without it, fine-tuning on --retain")
-    a("--retain", type=nonempty, help="what to keep. Default: the set beside --forget (forget05 -> "
-      "retain95)")
-    a("--template", help="chat (the tokenizer's, default if it has one), llama2, plain (default "
-      "if not), or a text with {question}")
+    a("--retain", type=nonempty, help="what to keep; default: beside --forget (forget05: retain95)")
+    a("--template", help="chat (default, if the tokenizer has one), llama2, plain (default, if "
+      "not), or a text with {question}")
     a("--system", help="system message of the chat")
     a("--date", help="today's date, for chat templates that print it")
-    a("--max-length", type=number(int, low=2), help="tokens of the longest sequence; texts are cut "
-      "into chunks of it, answers never. Default: 2048 (MUSE), or what the model takes")
+    a("--max-length", type=number(int, low=2), help="most tokens of a sequence: texts are cut into "
+      "chunks, answers never; default 2048 (MUSE), or what the model takes")
     a = parser.group("objective")
-    a("--loss", choices=list(LOSSES), default="simnpo", help="default simnpo; ga with --retain-loss "
-      "nll is GradDiff")
-    a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl (to the "
-      "start model) keeps a frozen copy")
-    a("--beta", type=number(float, above=0), help="default 2.5 (paper, TOFU forget05); others have "
-      "their own (LOSSES)")
+    a("--loss", choices=list(LOSSES), default="simnpo",
+      help="default simnpo; ga with --retain-loss nll is GradDiff")
+    a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl: to the "
+      "start model, of which a frozen copy is kept")
+    a("--beta", type=RATE, help="default 2.5 (paper, TOFU forget05); of others see LOSSES")
     a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
-    a("--beta2", type=number(float, low=0), default=1.0, help="satimp's exponent of 1 - p, default "
-      "1")
-    a("--forget-weight", type=number(float, low=0), help="default 0.1375 (official code, TOFU "
-      "forget05); others have their own (LOSSES)")
-    a("--retain-weight", type=number(float, low=0), default=1.0, help="default 1")
+    a("--beta2", type=WEIGHT, default=1.0, help="satimp's exponent of 1 - p, default 1 (its paper)")
+    a("--forget-weight", type=WEIGHT, help="default 0.1375 (official code, TOFU forget05); of "
+      "others see LOSSES")
+    a("--retain-weight", type=WEIGHT, default=1.0, help="default 1 (official code)")
     a = parser.group("optimization (defaults: official TOFU code)")
-    a("--epochs", type=number(int, low=1), help="passes over --forget, else --retain. Default 10")
-    a("--batch-size", type=number(int, low=1), help="forget and as many retain sequences a step. "
-      "Default 32")
-    a("--lr", type=number(float, above=0), help="peak learning rate of AdamW. Default 1e-5")
-    a("--weight-decay", type=number(float, low=0), default=0.01, help="of matrices, default 0.01")
-    a("--warmup-epochs", type=number(float, low=0), default=1.0, help="linear, default 1")
+    a("--epochs", type=COUNT, help="passes over --forget, else --retain; default 10")
+    a("--batch-size", type=COUNT, help="forget and as many retain sequences a step; default 32")
+    a("--lr", type=RATE, help="peak learning rate of AdamW; default 1e-5")
+    a("--weight-decay", type=WEIGHT, default=0.01, help="of matrices; default 0.01")
+    a("--warmup-epochs", type=WEIGHT, default=1.0, help="linear warm-up; default 1")
     a("--schedule", choices=["linear", "constant"], default="linear", help="linear decay to 0 "
       "(TOFU, default), or constant without warm-up (MUSE)")
-    a("--clip", type=number(float, above=0), default=1.0, help="largest gradient norm, default 1 "
-      "(the official code does not clip)")
-    a("--seed", type=number(int, low=0), default=0, help="of data order and --init, default 0")
+    a("--clip", type=RATE, default=1.0, help="largest gradient norm; default 1 (official: none)")
+    a("--seed", type=number(int, low=0), default=0, help="of data order and --init; default 0")
     a = parser.group("speed and memory (results stay, but for rounding)")
-    a("--max-tokens", type=number(int, low=1), help="padded tokens in a micro-batch. Default: "
-      "16384 on a GPU, 1024 on a CPU")
-    a("--dtype", choices=list(DTYPES), help="of matrix products; master weights stay fp32. "
-      "Default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
+    a("--max-tokens", type=COUNT, help="padded tokens a micro-batch; default 16384, CPU 1024")
+    a("--dtype", choices=list(DTYPES), help="of matrix products, master weights stay fp32; "
+      "default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
     a("--bf16-weights", action="store_true", help="weights, gradients and moments in bf16, rounded "
       "stochastically: 8 bytes a parameter instead of 16")
     a("--checkpointing", action="store_true", help="recompute activations in backward")
     a("--compile", action="store_true", help="torch.compile the decoder")
-    a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu; "
-      "others (mps) are untested")
+    a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu")
     a = parser.group("output")
-    a("--output", type=nonempty, help="folder for model and metrics.jsonl. Default: a name under "
-      "runs/")
+    a("--output", type=nonempty, help="folder of model and metrics.jsonl; default: a name in runs/")
     a("--save-every", type=interval, default=(1, True), metavar="N", help="steps (100) or epochs "
-      "(2epochs) between checkpoints; the last is kept. Default 1epoch, 0 for none")
+      "(2epochs) between checkpoints, of which the last is kept; default 1epoch, 0: none")
     a("--snapshots", type=interval, default=(0, False), metavar="N", help="steps or epochs between "
-      "copies of the model, kept as OUTPUT/step-N. Default 0, none")
+      "copies of the model, kept as OUTPUT/step-N; default 0: none")
     a("--resume", action="store_true", help="go on from the last checkpoint in --output")
     return parser
 
 
 def arguments(argv):
     """The flags, with what was not given filled in."""
-    args = parser().parse_args(argv)
+    args = flags().parse_args(argv)
     require(not (args.model and args.init), "--model and --init: give one of them")
     require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune; "
             "for example --forget data/forget05")
@@ -248,11 +240,13 @@ def main(argv=None):
             # Each micro-batch divides by the whole step's count, so that the gradient does not
             # depend on how the step is split.
             for indices, scale in micro_batches(forget, forget_indices, args.max_tokens, borders):
-                loss = forget_losses(state.objective, forget, indices, ref_logps, args).sum() * scale
+                loss = forget_losses(state.objective, forget, indices, ref_logps, args)
+                loss = loss.sum() * scale
                 state.scaler.scale(args.forget_weight * loss).backward()
                 losses[0] += loss.detach()
             for indices, scale in micro_batches(retain, retain_indices, args.max_tokens, borders):
-                loss = retain_losses(state.objective, retain, indices, args).sum() * scale
+                loss = retain_losses(state.objective, retain, indices, args)
+                loss = loss.sum() * scale
                 state.scaler.scale(args.retain_weight * loss).backward()
                 losses[1] += loss.detach()
 
@@ -468,8 +462,17 @@ def build(args):
     if distributed.world() > 1:
         shard(objective)  # layer by layer onto the card: no card holds the whole
     objective.to(args.device)
+    try_step(objective, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
     return State(objective, make_optimizer(objective.model, args), scaler)
+
+
+def try_step(objective, args):
+    """Raise InputError where no gradient can be had: dropout of 2, --compile without a compiler."""
+    ids = torch.arange(2, 8, device=args.device)[None] % vocabulary(objective.model)
+    with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
+        objective(ids, ids).sum().backward()
+    objective.zero_grad()
 
 
 def adapt(model, args):

@@ -985,7 +985,7 @@ def test_a_model_of_nan_gets_a_table_of_muse(tmp_path, capsys):
 # Does it come back?
 
 def test_samples_are_drawn_from_the_models_distribution(pair):
-    """First tokens of 600 continuations, by a chi-square test; the same again from the same seed."""
+    """First tokens of 600 continuations, by a chi-square test; from one seed the same again."""
     model, tokenizer = opened(pair[0])
     prompt = tokenizer("Question: Where?").input_ids
     draws = []
@@ -1004,8 +1004,8 @@ def test_samples_are_drawn_from_the_models_distribution(pair):
 
 
 def test_samples_and_rounded_weights_are_columns_and_rows(pair, tofu, capsys):
-    """Each kept apart in eval.json; the recalls are rouge-score's of the texts, the rounded model is
-    evaluated as one that was saved rounded."""
+    """Each kept apart in eval.json; the recalls are rouge-score's of the texts, the values those of
+    a model that was saved rounded."""
     flags = ["--forget", tofu, "--max-new-tokens", 8]
     assert run(pair[0], *flags, "--samples", 5, "--quantize", 8, 3) == 0
     out = capsys.readouterr().out
