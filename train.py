@@ -456,6 +456,7 @@ def build(args):
         reference = load_start(args, dtype).requires_grad_(False) if with_kl else None
     mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
     names = {name: tensor.shape for name, tensor in savable_tensors(model)}
+    torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
     model = adapt(model, args)
     check_mergeable(model, names)
     objective = Objective(model, reference, mixed).train()

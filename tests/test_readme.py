@@ -59,8 +59,8 @@ def forgets(model):
 
 
 def test_snippets_are_short():
-    assert len(SNIPPETS) == 4
-    assert all(len(snippet.strip().splitlines()) < 11 for snippet in SNIPPETS)
+    assert len(SNIPPETS) == 3
+    assert all(len(snippet.strip().splitlines()) < 16 for snippet in SNIPPETS)
 
 
 def test_bare_loop(model):
@@ -106,7 +106,7 @@ def test_adding_a_loss(tmp_path, monkeypatch):
     flags = ["--model", "model", "--forget", "forget25", "--epochs", "2", "--lr", "1e-3",
              "--output", "out"]
     monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
-    exec(SNIPPETS[2], {"flags": flags})
+    exec(SNIPPETS[2].partition("eval.TOFU_ROWS")[0], {"training_flags": flags})
     model, tokenizer = load_pretrained("model")
     expected = []
     for e in load_examples("forget25", tokenizer, 128):
@@ -127,7 +127,9 @@ def test_adding_a_row(tmp_path, monkeypatch, capsys):
     flags = ["model", "--forget", "tofu/forget05", "--max-new-tokens", "5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "eval", evaluation)
-        exec(SNIPPETS[3], {"flags": flags})
+        patch.setattr(train, "main", lambda argv: None)
+        patch.setattr(train, "LOSSES", dict(train.LOSSES))
+        exec(SNIPPETS[2], {"training_flags": [], "evaluation_flags": flags})
     records = json.loads(Path("model/eval.json").read_text())["evaluations"].popitem()[1]["values"]
     mean = sum(len(r["answer"]) + 2 for r in records["forget"]) / len(records["forget"])
     printed = capsys.readouterr().out.splitlines()
