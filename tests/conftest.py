@@ -21,10 +21,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import train
-from data.support import run_folder
 
 
 def write_model(folder, seed=0, family=LlamaConfig, **changes):
@@ -118,8 +118,9 @@ def free_port():
 
 # Runs in processes of their own
 
-SERVER = multiprocessing.get_context("forkserver")  # imports torch once; forks before any thread
-SERVER.set_forkserver_preload(["conftest"])
+# This server imports once, before any thread, what each child would need seconds to import.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest", "eval", "transformers.models.llama.modeling_llama"])
 
 
 def in_child(connection, argv, program, interfere):
@@ -127,7 +128,7 @@ def in_child(connection, argv, program, interfere):
     end."""
     torch.set_num_threads(1)
     # tqdm's own lock is for several processes, and outlives a killed one.
-    run_folder.tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())
     load_checkpoint = train.load_checkpoint
     train.load_checkpoint = lambda *args: connection.send("training") or load_checkpoint(*args)
     if interfere:

@@ -1,6 +1,7 @@
 """eval.py from end to end on tiny models built here: scores, texts, rows, saved results, references
 that do not belong, MUSE, KL, ranks, errors."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_lines, write_model, write_muse, write_tofu
+from conftest import ROOT, SERVER, free_port, write_lines, write_model, write_muse, write_tofu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import chisquare, hmean
 from sklearn.metrics import roc_auc_score
@@ -547,26 +548,27 @@ def test_a_hub_name_whose_branch_moves(tofu, tmp_path):
         write_model(repository / "snapshots" / commit, seed=seed)
     (repository / "refs").mkdir()
 
-    def at(commit, program, *options):
-        (repository / "refs" / "main").write_text(commit)
-        command = [sys.executable, ROOT / program, *options, "--forget", tofu]
-        env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([*map(str, command)], cwd=tmp_path, env=env, text=True,
-                              capture_output=True)
-
-    def result():
-        path = tmp_path / "runs" / "tiny--mine" / "eval.json"
-        (entry,) = json.loads(path.read_text())["evaluations"].values()
-        return entry["settings"]["weights"], entry
-
-    old, same, new = (at(commit, "eval.py", "tiny/mine", "--max-new-tokens", "2") and result()
-                      for commit in ("aaa", "aaa", "bbb"))
-    assert old == same and [old[0], new[0]] == ["aaa", "bbb"]
-    assert old[1]["values"] != new[1]["values"]
-    train = ["--model", "tiny/mine", "--retain-loss", "none", "--epochs", "1", "--output", "out"]
-    assert at("aaa", "train.py", *train).returncode == 0
-    ended = at("bbb", "train.py", *train, "--resume")
-    assert ended.returncode == 2 and "start was aaa, is bbb" in ended.stderr
+    asked = ["tiny/mine", "--forget", tofu, "--max-new-tokens", "2"]
+    trained = ["--model", "tiny/mine", "--forget", tofu, "--retain-loss", "none", "--epochs", "1",
+               "--output", "out"]
+    commands = [("aaa", "eval", asked), ("aaa", "eval", asked), ("bbb", "eval", asked),
+                ("aaa", "train", trained), ("bbb", "train", [*trained, "--resume"])]
+    code = f"""import json, shutil, sys, eval, train
+for number, (commit, program, argv) in enumerate({commands}):
+    open({str(repository / "refs" / "main")!r}, "w").write(commit)
+    print("status", sys.modules[program].main(argv))
+    shutil.copy("runs/tiny--mine/eval.json", f"{{number}}.json")
+"""
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub")}  # read when transformers loads
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True,
+                          capture_output=True)
+    statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == [f"status {n}" for n in (0, 0, 0, 0, 2)], done.stderr
+    assert "start was aaa, is bbb" in done.stderr
+    (old,), (same,), (new,) = (
+        json.loads((tmp_path / f"{n}.json").read_text())["evaluations"].values() for n in range(3))
+    assert old == same and old["settings"]["weights"] == "aaa"
+    assert new["settings"]["weights"] == "bbb" and old["values"] != new["values"]
 
 
 def test_results_of_other_definitions_are_measured_again(pair, tofu, tmp_path, capsys):
@@ -1040,18 +1042,30 @@ def test_samples_and_rounded_weights_are_columns_and_rows(pair, tofu, capsys):
 
 # Ranks
 
-def test_two_ranks_give_the_values_of_one(pair, tofu):
+def test_two_ranks_give_the_values_of_one(pair, tofu, tmp_path):
     flags = ["--forget", tofu, "--max-new-tokens", "20"]
     assert run(pair[0], *flags, "--force") == 0
     alone = numbers(pair[0])
     Path(pair[0], "eval.json").unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", ROOT / "eval.py", pair[0], *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model utility") == 1
+    port, said = free_port(), tmp_path / "said"
+    ranks = [SERVER.Process(target=one_rank, args=(rank, port, said, [pair[0], *flags]))
+             for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert said.read_text().count("model utility") == 1
     same(alone, numbers(pair[0]), 1e-5)
+
+
+def one_rank(rank, port, said, argv):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with open(said, "a") as file, contextlib.redirect_stdout(file):
+        status = evaluation.main([*map(str, argv)])
+    sys.exit(status)
 
 
 # Errors

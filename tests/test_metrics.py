@@ -21,8 +21,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval as evaluation
+from data.support.evaluations import format_table
 from eval import Undefined, attempt, field_of
-from data.support.evaluations import format_table, official_entry
 from data.support.porter import stem
 
 SHARED = ROOT.parent / "shared"
@@ -43,14 +43,6 @@ def same_rouge(prediction, reference):
         want = want.precision, want.recall, want.fmeasure
         got = evaluation.rouge_l(prediction, reference, stem=stemming)
         assert got == pytest.approx(want, abs=1e-12), (prediction, reference)
-
-
-def log(name):
-    return json.loads((SHARED / "tofu_logs" / f"{name}.json").read_text())
-
-
-def log_values(name):
-    return evaluation.complete_tofu(official_entry(name, log(name))["values"])
 
 
 # ROUGE-L and the stemmer
@@ -291,51 +283,69 @@ def test_reasons_become_footnotes():
 
 # The official logs
 
-@needs_shared
-@pytest.mark.parametrize("name,utility", [
-    ("llama2-7b_full", "0.622677"), ("llama2-7b_retain90", "0.613745"),
-    ("llama2-7b_retain99_lists", "0.622015")])
-def test_utility_of_official_logs(name, utility):
-    metrics = evaluation.tofu_metrics(log_values(name), None)
-    assert f"{metrics['model utility']:.6f}" == utility
-    assert "needs a retain-only model" in metrics["forget quality (KS p)"]
+# In the repository: losses and ROUGE of ten questions a split; in ../shared: the whole logs.
+EXCERPT, WHOLE = ROOT / "tests" / "official_logs", SHARED / "tofu_logs"
+folders = pytest.mark.parametrize(
+    "folder", [EXCERPT, pytest.param(WHOLE, marks=needs_shared)], ids=["excerpt", "whole"])
 
 
-@needs_shared
-def test_forget_quality_of_official_logs():
-    full, retain = (log_values(name) for name in ("llama2-7b_full", "llama2-7b_retain90"))
-    metrics = evaluation.tofu_metrics(full, retain)
-    assert f"{metrics['forget quality (KS D)']:.6f}" == "0.396667"
-    assert f"{metrics['forget quality (KS p)']:.6e}" == "1.834066e-21"
+def official_rows(log):
+    """TOFU's numbers from a log's losses, as its paper and official code define them; R of each
+    forget question."""
+    rows, ratios = {}, {}
+    for name, split in (("eval_log.json", "retain"), ("eval_log_forget.json", "forget"),
+                        ("eval_real_author_wo_options.json", "real authors"),
+                        ("eval_real_world_wo_options.json", "world facts")):
+        true, said, false, recall = (
+            numpy.array(list(column.values()) if isinstance(column, dict) else column)
+            for column in (log[name][field] for field in (
+                "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")))
+        p = numpy.exp(-true)
+        if "wo_options" in name:  # among the answers offered
+            p = p / (p + numpy.exp(-false).sum(1))
+        # p of the paraphrase over the geometric mean of p of the false answers
+        ratios[split] = r = numpy.exp(-said) / numpy.exp(-false).prod(1) ** (1 / false.shape[1])
+        share = numpy.minimum(r, 1 / r) if split == "forget" else numpy.maximum(0, 1 - 1 / r)
+        rows |= {f"{split} probability": p.mean(), f"{split} ROUGE-L recall": recall.mean(),
+                 f"{split} truth ratio": share.mean()}
+        if split == "forget":
+            rows["forget paraphrase probability"] = numpy.exp(-said).mean()
+            rows["forget knowledge score"] = (r / (1 + r)).mean()
+    rows["model utility"] = hmean([value for row, value in rows.items() if "forget" not in row])
+    return rows, ratios["forget"]
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["llama2-7b_full", "llama2-7b_retain99_lists"])
-def test_rows_of_the_forget_set_of_official_logs(name):
-    """From the log's columns, with numpy."""
-    columns = {field: values for field, values in log(name)["eval_log_forget.json"].items()}
-    true, said, false = (numpy.exp(-numpy.array(list(
-        c.values() if isinstance(c, dict) else c))) for c in (
-            columns[field] for field in ("avg_gt_loss", "avg_paraphrased_loss",
-                                         "average_perturb_loss")))
-    ratio = said / false.prod(1) ** (1 / false.shape[1])
-    want = {"probability": true.mean(), "paraphrase probability": said.mean(),
-            "knowledge score": (ratio / (1 + ratio)).mean(),
-            "truth ratio": numpy.minimum(ratio, 1 / ratio).mean()}
-    metrics = evaluation.tofu_metrics(log_values(name), None)
+@folders
+def test_table_of_official_logs(folder, capsys):
+    """eval.py on two logs prints what numpy and scipy find in them."""
+    full, retain = paths = [folder / f"llama2-7b_{name}.json" for name in ("full", "retain90")]
+    assert evaluation.main([str(full), "--reference", str(retain)]) == 0
+    printed = {line[:30].strip(): line.split()[-2:] for line in capsys.readouterr().out.split("\n")}
+    (want, r), (retrained, r_retrained) = (official_rows(json.loads(path.read_text()))
+                                           for path in paths)
+    assert len(want) == 15
     for row, value in want.items():
-        assert metrics[f"forget {row}"] == pytest.approx(value, rel=1e-12)
+        assert printed[row] == [f"{retrained[row]:.6f}", f"{value:.6f}"]
+    test = ks_2samp(r, r_retrained, method="exact")
+    assert float(printed["forget quality (KS p)"][1]) == pytest.approx(test.pvalue, rel=1e-5)
+    assert float(printed["forget quality (KS D)"][1]) == pytest.approx(test.statistic, abs=1e-6)
 
 
 @needs_shared
-def test_official_logs_as_arguments(capsys):
-    logs = [str(SHARED / "tofu_logs" / f"llama2-7b_{name}.json") for name in ("full", "retain90")]
-    assert evaluation.main([logs[0], "--reference", logs[1], "--markdown"]) == 0
+def test_known_numbers_of_official_logs(capsys):
+    """Of the whole logs, one of which has lists where the others have numbered questions."""
+    full, retain, lists = (str(WHOLE / f"llama2-7b_{name}.json")
+                           for name in ("full", "retain90", "retain99_lists"))
+    assert evaluation.main([full, "--reference", retain, "--markdown"]) == 0
     out = capsys.readouterr().out
     assert "0.622677" in out and "1.834066e-21" in out and "0.396667" in out
     assert re.search(r"\| forget exact memorization *\| *- \[1\]", out)
     assert "[1] its file does not hold this" in out
     assert "Records: forget 300, retain 300, real_authors 100, world_facts 117" in out
+    assert evaluation.main([retain]) == 0 and "0.613745" in capsys.readouterr().out
+    assert evaluation.main([lists]) == 0
+    out = capsys.readouterr().out
+    assert "0.622015" in out and "needs a retain-only model" in out
 
 
 @needs_shared

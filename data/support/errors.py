@@ -68,8 +68,8 @@ def cause(error):
     memory = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")  # host's, card's
     if isinstance(error, MemoryError) or any(said in str(error) for said in memory):
         return "out of memory"
-    if isinstance(error, (OSError, SafetensorError, dist.DistError)):
-        return "stopped"  # the operating system's own message says why
+    if isinstance(error, (OSError, SafetensorError, dist.DistError)) or "gloo" in str(error):
+        return "stopped"  # the message of the operating system, NCCL or gloo says why
     return None
 
 
