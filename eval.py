@@ -580,7 +580,7 @@ def evaluate_samples(model, tokenizer, records, options):
         recalls = [rouge(text, answer, stem=True)[1] for text in drawn]
         records.append({"question": question, "answer": answer, "texts": drawn,
                         "recalls": None if None in recalls else recalls})
-    return records
+    return {"sampled": records}
 
 
 def best_of(k):
@@ -645,8 +645,9 @@ def one_spelling(path):
 def main(argv=None):
     options = arguments(argv)
     distributed.start(options.device)
-    entries, metrics = muse(options) if options.muse else tofu(options)
-    columns = [metrics(entry) for entry in entries.values()]
+    study = muse if options.muse else tofu if options.forget else saved
+    entries, column = study(options)
+    columns = [column(entry) for entry in entries.values()]
     evaluations.show(dict(zip(evaluations.titles(entries), columns)), entries, options.markdown)
     return 0
 
@@ -675,59 +676,60 @@ def collect(arguments, asked, options):
     return entries
 
 
+def saved(options):
+    """{column: evaluation} of files of results, and the function that makes a column of one."""
+    arguments = [*filter(None, [options.reference]), *options.models]
+    evaluations.require_files(arguments)
+    asked = Evaluation("tofu", {}, None, complete_tofu)
+    entries = evaluations.collect(arguments, asked, options)
+    return entries, columns_beside(entries.get(options.reference), options.reference)
+
+
 def tofu(options):
-    """{column: evaluation} for --forget (without it: of files), and what makes metrics of one."""
-    arguments, reference = list(options.models), options.reference
-    if not options.forget:
-        arguments = [*filter(None, [reference]), *arguments]
-        evaluations.require_files(arguments)
-        entries = evaluations.collect(arguments, Evaluation("tofu", {}, None, complete_tofu),
-                                      options)
-    else:
-        forget = find(options.forget)
-        data = {split: tofu_records(split, path, options.limit)
-                for split, path in tofu_files(forget).items()}
-        names = "template system date limit max_new_tokens dtype"
-        settings, place = evaluations.settings(options, names, data), evaluations.relative(forget)
+    """{column: evaluation} for --forget, and the function that makes a column of one."""
+    forget, reference = find(options.forget), options.reference
+    data = {split: tofu_records(split, path, options.limit)
+            for split, path in tofu_files(forget).items()}
+    names = "template system date limit max_new_tokens dtype"
+    settings, place = evaluations.settings(options, names, data), evaluations.relative(forget)
 
-        def asked(bits):
-            return Evaluation(
-                f"tofu {place}" + f" at {bits} bits" * bool(bits), settings | {"bits": bits},
-                lambda model: evaluate_tofu(*load(model, options, bits), data, options),
-                complete_tofu)
+    def asked(bits):
+        return Evaluation(
+            f"tofu {place}" + f" at {bits} bits" * bool(bits), settings | {"bits": bits},
+            lambda model: evaluate_tofu(*load(model, options, bits), data, options), complete_tofu)
 
-        if not reference and miniature.is_builtin(forget):  # make what to compare with
-            target, reference = miniature.target_and_retrained(forget)
-            arguments = [a for a in arguments if a not in (target, reference)]
-            evaluations.check(arguments, asked(None), options)
-            with distributed.together():
-                for folder in (target, reference):
-                    miniature.make(Path(folder))
-            arguments = [target, reference, *arguments]
-        elif reference:
-            arguments = [reference, *arguments]
-            if known := evaluations.saved_entry(reference, asked(None), options):
-                check_reference({"values": data}, known, reference)  # before anything is run
-        entries = collect(dict.fromkeys(arguments), asked, options)
-        if options.samples:
-            drawn = evaluations.collect(
-                [a for a in arguments if not Path(a).is_file()],
-                Evaluation(f"samples {place}", settings | {"samples": options.samples},
-                           lambda model: {"sampled": evaluate_samples(
-                               *load(model, options), data["forget"], options)},
-                           complete_tofu), options)
-            for argument, entry in drawn.items():
-                entries[argument] = entries[argument] | {
-                    "values": entries[argument]["values"] | entry["values"]}
+    shown = [*filter(None, [reference]), *options.models]
+    if not reference and miniature.is_builtin(forget):  # make what to compare with
+        made = target, reference = miniature.target_and_retrained(forget)
+        evaluations.check([m for m in shown if m not in made], asked(None), options)
+        with distributed.together():
+            for folder in made:
+                miniature.make(Path(folder))
+        shown = [target, reference, *options.models]
+    if known := reference and evaluations.saved_entry(reference, asked(None), options):
+        check_reference({"values": data}, known, reference)  # before anything is run
+    entries = collect(shown, asked, options)
+    if options.samples:
+        drawn = Evaluation(
+            f"samples {place}", settings | {"samples": options.samples},
+            lambda model: evaluate_samples(*load(model, options), data["forget"], options),
+            complete_tofu)
+        models = [m for m in shown if not Path(m).is_file()]
+        for model, entry in evaluations.collect(models, drawn, options).items():
+            values = entries[model]["values"] | entry["values"]
+            entries[model] = {**entries[model], "values": values}
+    return entries, columns_beside(entries.get(reference), reference)
 
-    def metrics(entry):
-        compared = entries.get(reference)
-        if compared:
-            check_reference(entry, compared, reference)
-        found = tofu_metrics(entry["values"], compared and compared["values"])
+
+def columns_beside(reference, name):
+    """The function that makes a column of an evaluation: its metrics, compared with a reference."""
+    def column(entry):
+        if reference:
+            check_reference(entry, reference, name)
+        found = tofu_metrics(entry["values"], reference and reference["values"])
         held = entry.get("rows", {})  # what an official file says, where its values say nothing
         return found | {row: x for row, x in held.items() if not isinstance(found.get(row), float)}
-    return entries, metrics
+    return column
 
 
 def complete_tofu(values):
@@ -741,7 +743,7 @@ def complete_tofu(values):
 
 
 def muse(options):
-    """{column: evaluation} for --muse, and what makes metrics of one."""
+    """{column: evaluation} for --muse, and the function that makes a column of one."""
     folder, models = Path(options.muse), list(options.models)
     data = muse_records(folder)
     auc = AUC_RETRAIN.get(folder.resolve().name)
@@ -760,7 +762,7 @@ def muse(options):
             lambda model: evaluate_muse(*load(model, options, bits), data, options),
             lambda values: muse_metrics(values, None) and values)
 
-    entries = collect(dict.fromkeys(models), asked, options)
+    entries = collect(models, asked, options)
     if options.reference in entries:
         auc = attempt(privleak_auc, entries[options.reference]["values"])
     return entries, lambda entry: muse_metrics(entry["values"], auc)

@@ -517,20 +517,6 @@ def test_a_system_without_file_locks(name):
     assert_one_line((done.returncode, done.stderr), 2, "use Linux, macOS, or Windows by WSL")
 
 
-@pytest.mark.parametrize("name, library", [
-    ("train.py", "libtorch"), ("eval.py", "libtorch"), ("train.py", "tokenizers")])
-def test_ctrl_c_while_the_libraries_load(name, library, world):
-    argv = words(RUN, world) if name == "train.py" else [
-        f"{world}/model", "--forget", f"{world}/tofu/forget05"]
-    child = program(name, *argv, preexec_fn=lambda: signal.signal(
-        signal.SIGINT, signal.default_int_handler))
-    wait_until(lambda: library in Path(f"/proc/{child.pid}/maps").read_text())
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
-    assert out == "" and err in ("", "error: interrupted\n"), err
-    assert child.returncode in (-signal.SIGINT, 130) and not Path("run").exists()
-
-
 def test_a_reader_that_goes_away(world):
     """As `| head -1` does: no traceback, and the work is done."""
     shutil.copytree(world / "model", "model")

@@ -15,7 +15,7 @@ from .data_files import find
 from .distributed import say
 from .errors import InputError, blame, caught_signals, require
 from .models import load_tokenizer
-from .run_folder import digest, is_finished
+from .run_folder import digest, is_finished, owned
 
 DATA = Path(__file__).resolve().parent.parent
 TRAIN = DATA.parent / "train.py"
@@ -76,20 +76,24 @@ def is_made(folder, data):
 
 def make(folder):
     """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
-    unless it is there. A failure ends this process with the status of the one that trains."""
+    unless it is there. A process that comes while another makes it waits. A failure ends this
+    process with the status of the one that trains."""
     data = DATA / {"base": "base", "target": "full"}.get(folder.name, folder.name)
-    if not is_made(folder, data):
-        flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
-        if folder.name == "base":
-            flags += ["--init", TOKENIZER]
-            flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
-        if dist.is_initialized():
-            raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
-                             + shlex.join(["python", "train.py", *flags]))
-        say(f"Making {folder} first, once (data/{data.name})")
-        command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
-        with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves
-            status = subprocess.run(command).returncode
-        if status:
-            say(f"{folder} is half made; the same command as now goes on with it")
-            sys.exit(status if status > 0 else 128 - status)
+    if is_made(folder, data):
+        return
+    flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
+    if folder.name == "base":
+        flags += ["--init", TOKENIZER]
+        flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
+    if dist.is_initialized():
+        raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
+                         + shlex.join(["python", "train.py", *flags]))
+    with owned(folder.with_name(f".{folder.name}.lock")):
+        if not is_made(folder, data):  # by now
+            say(f"Making {folder} first, once (data/{data.name})")
+            command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
+            with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves
+                status = subprocess.run(command).returncode
+            if status:
+                say(f"{folder} is half made; the same command as now goes on with it")
+                sys.exit(status if status > 0 else 128 - status)

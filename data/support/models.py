@@ -129,8 +129,8 @@ def rope_borders(model):
 
 # Refusing
 
-ADAPTER = ("an adapter (adapter_config.json); merge it with peft's merge_and_unload and save the "
-           "whole model, with its tokenizer, elsewhere")
+ADAPTER = ("an adapter (adapter_config.json), which is not applied; save the model with it merged "
+           "(peft's merge_and_unload) elsewhere, or move it away if that was done")
 
 
 def check_model_folder(path, weights):

@@ -94,8 +94,9 @@ def write(path, text):
 
 @contextlib.contextmanager
 def owned(path, busy=None):
-    """Hold the lock of a folder, or of a lock file. If another process has it: wait, or raise
-    InputError(busy). Where the file system has no locks, the caller is on its own."""
+    """Hold the lock of a folder, or of a lock file, which goes at the end. If another process has
+    it: wait, or raise InputError(busy). File systems without locks have no owners."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
         with contextlib.suppress(OSError):
@@ -103,7 +104,11 @@ def owned(path, busy=None):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise InputError(busy) from None
-        yield
+        try:
+            yield
+        finally:
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
@@ -190,7 +195,6 @@ def session(args, settings, total):
     with contextlib.ExitStack() as stack:
         with distributed.together():
             if distributed.first():
-                output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(owned(
                     output / LOCK, f"{output}: another process is training into this folder; "
                     "wait for it, or pass another --output"))
