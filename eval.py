@@ -294,8 +294,8 @@ def evaluate_tofu(model, tokenizer, data, options):
                                        prompt, where)
     require_fit(examples, "the model's context of", context_length(model), vocabulary(model))
     scores = spread(score_answers, model, examples, options.max_tokens)
-    asked = [record["question"] for split, record, _ in questions if split != "holdout"]
-    prompts = encode_prompts(tokenizer, asked, prompt)
+    texts = [record["question"] for split, record, _ in questions if split != "holdout"]
+    prompts = encode_prompts(tokenizer, texts, prompt)
     ends = {e.input_ids[-1] for e in examples}  # the EOS, or what ends a chat's turn
     new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
                  ends)
@@ -666,22 +666,26 @@ def load(argument, options, bits=None):
     return model, tokenizer
 
 
-def collect(arguments, asked, options):
+def collect(arguments, evaluation, options):
     """{column: evaluation}: of each model, then of each with its weights rounded."""
-    entries = evaluations.collect(arguments, asked(None), options)
+    entries = evaluations.collect(arguments, evaluation(None), options)
     for bits in options.quantize:
         models = [a for a in arguments if not Path(a).is_file()]
-        found = evaluations.collect(models, asked(bits), options)
-        entries |= {f"{a} ({bits} bits)": entry for a, entry in found.items()}
+        found = evaluations.collect(models, evaluation(bits), options)
+        entries |= {a + suffix(bits): entry for a, entry in found.items()}
     return entries
+
+
+def suffix(bits):
+    return f"-{bits}bit" if bits else ""
 
 
 def saved(options):
     """{column: evaluation} of files of results, and the function that makes a column of one."""
     arguments = [*filter(None, [options.reference]), *options.models]
     evaluations.require_files(arguments)
-    asked = Evaluation("tofu", {}, None, complete_tofu)
-    entries = evaluations.collect(arguments, asked, options)
+    evaluation = Evaluation("tofu", {}, None, complete_tofu)
+    entries = evaluations.collect(arguments, evaluation, options)
     return entries, columns_beside(entries.get(options.reference), options.reference)
 
 
@@ -693,22 +697,22 @@ def tofu(options):
     names = "template system date limit max_new_tokens dtype"
     settings, place = evaluations.settings(options, names, data), evaluations.relative(forget)
 
-    def asked(bits):
+    def evaluation(bits):
         return Evaluation(
-            f"tofu {place}" + f" at {bits} bits" * bool(bits), settings | {"bits": bits},
+            f"tofu{suffix(bits)} {place}", settings | {"bits": bits},
             lambda model: evaluate_tofu(*load(model, options, bits), data, options), complete_tofu)
 
     shown = [*filter(None, [reference]), *options.models]
     if not reference and miniature.is_builtin(forget):  # make what to compare with
         made = target, reference = miniature.target_and_retrained(forget)
-        evaluations.check([m for m in shown if m not in made], asked(None), options)
+        evaluations.check([m for m in shown if m not in made], evaluation(None), options)
         with distributed.together():
             for folder in made:
                 miniature.make(Path(folder))
         shown = [target, reference, *options.models]
-    if known := reference and evaluations.saved_entry(reference, asked(None), options):
+    if known := reference and evaluations.saved_entry(reference, evaluation(None), options):
         check_reference({"values": data}, known, reference)  # before anything is run
-    entries = collect(shown, asked, options)
+    entries = collect(shown, evaluation, options)
     if options.samples:
         drawn = Evaluation(
             f"samples {place}", settings | {"samples": options.samples},
@@ -755,14 +759,13 @@ def muse(options):
             f"--reference {options.reference}: an AUC is above 0 and at most 1")
     settings = evaluations.settings(options, "dtype", data)
 
-    def asked(bits):
+    def evaluation(bits):
         return Evaluation(
-            f"muse {evaluations.relative(folder)}" + f" at {bits} bits" * bool(bits),
-            settings | {"bits": bits},
+            f"muse{suffix(bits)} {evaluations.relative(folder)}", settings | {"bits": bits},
             lambda model: evaluate_muse(*load(model, options, bits), data, options),
             lambda values: muse_metrics(values, None) and values)
 
-    entries = collect(models, asked, options)
+    entries = collect(models, evaluation, options)
     if options.reference in entries:
         auc = attempt(privleak_auc, entries[options.reference]["values"])
     return entries, lambda entry: muse_metrics(entry["values"], auc)

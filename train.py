@@ -470,7 +470,7 @@ def build(args):
 
 def try_step(objective, args):
     """Raise InputError where no gradient can be had: dropout of 2, --compile without a compiler."""
-    ids = torch.arange(2, 8, device=args.device)[None] % vocabulary(objective.model)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
     with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
         objective(ids, ids).sum().backward()
     objective.zero_grad()

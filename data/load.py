@@ -79,11 +79,11 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
     """
     texts = conversations(tokenizer, questions, answers, prompt, where)
     whole = encode(tokenizer, texts, front_of(tokenizer, prompt))
-    asked = encode_prompts(tokenizer, questions, prompt)
+    prompts = encode_prompts(tokenizer, questions, prompt)
     end = [] if template_of(tokenizer, prompt) == "chat" else [tokenizer.eos_token_id]
     # commonprefix takes any lists; the first token has nothing before it that could predict it
     return [Example(ids + end, max(1, len(os.path.commonprefix([ids, before]))), place)
-            for ids, before, place in zip(whole, asked, where or repeat(""))]
+            for ids, before, place in zip(whole, prompts, where or repeat(""))]
 
 
 def conversations(tokenizer, questions, answers, prompt, where=None):

@@ -23,7 +23,7 @@ from conftest import (ROOT, SERVER, end_of, free_port, log, run, start, stop_aft
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from data.support import distributed, evaluations, miniature, run_folder
+from data.support import distributed, evaluations, miniature
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")

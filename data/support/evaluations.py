@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 # Evaluations that were made before, or are made now
 
-def collect(arguments, asked, options):
+def collect(arguments, evaluation, options):
     """{model: {"settings", "run", "values"}}: from its eval.json if that still fits, else measured
     now and saved.
 
@@ -44,15 +44,15 @@ def collect(arguments, asked, options):
     one is run.
     """
     # What the first rank's disk holds counts: others, on other machines, may see another.
-    saved = distributed.from_first(check(arguments, asked, options))
-    return {a: saved[a] or run(a, asked, options) for a in dict.fromkeys(arguments)}
+    saved = distributed.from_first(check(arguments, evaluation, options))
+    return {a: saved[a] or run(a, evaluation, options) for a in dict.fromkeys(arguments)}
 
 
-def check(arguments, asked, options):
+def check(arguments, evaluation, options):
     """{model: its evaluation that need not be made, or None}. InputError, before hours of work, for
     a missing model or results that could not be saved."""
     with distributed.together():
-        saved = {a: saved_entry(a, asked, options) for a in arguments}
+        saved = {a: saved_entry(a, evaluation, options) for a in arguments}
         for argument in (a for a in arguments if not saved[a]):
             load_skeleton(argument)
             check_writable(home(argument).parent)
@@ -65,27 +65,27 @@ def home(argument):
     return (path if path.is_dir() else Path("runs", argument.replace("/", "--"))) / "eval.json"
 
 
-def saved_entry(argument, asked, options):
+def saved_entry(argument, evaluation, options):
     """The evaluation that need not be made, or None."""
     path = Path(argument)
     if (path / "eval.json").is_file() and not (path / "config.json").is_file():
         path = path / "eval.json"
     if path.is_file():
-        return read_entry(path, asked)
+        return read_entry(path, evaluation)
     path = home(argument)
-    entry = read_json(path)["evaluations"].get(asked.key) if path.exists() else None
+    entry = read_json(path)["evaluations"].get(evaluation.key) if path.exists() else None
     held = entry.get("settings") if isinstance(entry, dict) else None
     weights = held.get("weights") if isinstance(held, dict) and not options.force else None
-    fits = (weights and held == {**asked.settings, "weights": weights}
+    fits = (weights and held == {**evaluation.settings, "weights": weights}
             and weights == fingerprint(argument))  # last: it reads the whole model
-    return read_entry(path, asked) if fits else None
+    return read_entry(path, evaluation) if fits else None
 
 
-def run(argument, asked, options):
+def run(argument, evaluation, options):
     """Evaluate one model and save the result. If that fails, "unsaved" says why: `show` prints the
     table first."""
-    began, settings = time.time(), {**asked.settings, "weights": fingerprint(argument)}
-    values = asked.measure(argument)
+    began, settings = time.time(), {**evaluation.settings, "weights": fingerprint(argument)}
+    values = evaluation.measure(argument)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "python": sys.version.split()[0], "device": options.device,
              "ranks": distributed.world(), "batch_size": options.batch_size,
@@ -94,7 +94,7 @@ def run(argument, asked, options):
     if distributed.first():
         path = home(argument)
         try:
-            save(path, argument, asked.key, entry)
+            save(path, argument, evaluation.key, entry)
         except (OSError, ValueError) as e:  # no room, or what others have put there meanwhile
             entry["unsaved"] = (f"{path}: cannot be written: {in_short(e)}; the results are only "
                                 "printed")
@@ -150,21 +150,21 @@ def read_json(path):
     return value
 
 
-def read_entry(path, asked):
+def read_entry(path, evaluation):
     """One evaluation from a file of any known kind; by its mode, if the key is only that."""
-    saved, mode = read_json(path), asked.key.split()[0]
+    saved, mode = read_json(path), evaluation.key.split()[0]
     if "evaluations" in saved:
         held = saved["evaluations"]
-        found = [key for key in held if asked.key in (key, key.split(" ")[0])]
+        found = [key for key in held if evaluation.key in (key, key.split(" ")[0])]
         choose = "; choose one with --forget" if len(found) > 1 else ""
         require(len(found) == 1,
-                f"{path}: holds {', '.join(held) or 'nothing'}; asked for {asked.key}{choose}")
+                f"{path}: holds {', '.join(held) or 'nothing'}; asked for {evaluation.key}{choose}")
         entry = held[found[0]]
     else:
         require(mode == "tofu", f"{path}: an official TOFU log has no {mode} results")
         entry = official_entry(path, saved)
     with blame(path, f"its {mode} values are not those that eval.py writes"):
-        return {**entry, "values": asked.read(entry["values"])}
+        return {**entry, "values": evaluation.read(entry["values"])}
 
 
 # The table
