@@ -1,8 +1,8 @@
-"""TOFU's and MUSE's metrics for models side by side, as the official codes define them.
+"""TOFU's and MUSE's metrics for models side by side, by the definitions of the official codes.
 
     python eval.py MODEL --forget data/tofu/forget05 --reference RETAIN    TOFU
     python eval.py MODEL --muse data/muse/news                             MUSE
-    python eval.py runs/a/eval.json runs/b/eval.json                       what was measured before
+    python eval.py runs/a/eval.json runs/b/eval.json                       TOFU, measured before
 
 MODEL is a folder or hub name of a causal model, an eval.json written here, TOFU's
 eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json. Every per-example value, the generated
@@ -21,6 +21,7 @@ import re
 import sys
 import zlib
 from bisect import bisect_left, bisect_right
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,9 +105,9 @@ def auroc(positives, negatives):
 def truth_ratio(true_nll, false_nlls):
     """TOFU's R = exp(mean of the false answers' nll - nll of the true one), nll per token, in nats.
 
-    Above 1 where the model prefers the truth. The paper's formula has the arithmetic mean of the
-    false answers' probabilities and the inverse ratio; this is what its code, and everyone's
-    numbers, use. At most exp(709), the largest that a float holds.
+    Above 1 where the model prefers the truth. The paper has the arithmetic mean of the false
+    answers' probabilities and the inverse ratio; the official aggregate_eval_stat and
+    OpenUnlearning use this one. At most exp(709): a float does not hold exp(710).
     """
     false_nlls = [float(x) for x in false_nlls]
     return math.exp(min(sum(false_nlls) / len(false_nlls) - float(true_nll), 709.0))
@@ -136,10 +137,11 @@ def exact_memorization(right):
 
 
 def extraction_strength(right):
-    """1 - k/|y| for the smallest k such that all tokens from place k on are right; 0 if even the
+    """1 - k/|y| for the smallest k such that all tokens from index k on are right; 0 if even the
     last is wrong (Carlini et al. 2021).
 
-    OpenUnlearning's loop ends one early and gives 1/|y| there, so its value has a row of its own.
+    OpenUnlearning's loop ends one early and gives 1/|y| there, so that a TOFU_EVAL.json's value is
+    shown in a row of its own, extraction_strength.
     """
     wrong = [i for i, x in enumerate(right) if not x]
     return 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
@@ -231,6 +233,7 @@ def score_answers(model, examples, max_tokens):
         for h, wanted in zip(hidden.split(rows), targets.split(rows)):
             every = head_logits(model, h).float().log_softmax(-1)  # each word's log-probability
             p = every.exp()
+            # A suppressed word has p = 0 and log p = -inf; it adds nothing.
             mu, square = (p * every).nansum(-1), (p * every.square()).nansum(-1)
             logps = every.gather(1, wanted[:, None])[:, 0]
             standard = (logps - mu) / (square - mu.square()).clamp(min=1e-6).sqrt()
@@ -253,7 +256,9 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
     model's generation_config asks (a repetition penalty, suppressed tokens) holds. None where
     logits are not finite or the prompt leaves no room in the model's context.
     """
-    how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0) if sample else {}
+    how = dict(do_sample=False)
+    if sample:
+        how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     ends = sorted({tokenizer.eos_token_id, *ends, *own} & {*range(vocabulary(model))})
@@ -268,7 +273,7 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
         new = model.generate(ids, attention_mask=mask, max_new_tokens=room[batch[0]], num_beams=1,
                              eos_token_id=ends, pad_token_id=ends[0], logits_processor=[watch],
                              tokenizer=tokenizer, return_dict_in_generate=False,
-                             **{"do_sample": False, **how})[:, width:].tolist()
+                             **how)[:, width:].tolist()
         for i, tokens, sound in zip(batch, new, torch.stack(watch.finite, 1).tolist()):
             end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
             results[i] = tokens[:end] if all(sound[:end + 1]) else None
@@ -280,7 +285,8 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
 def evaluate_tofu(model, tokenizer, data, options):
     """Per-example values of the splits: {split: [record]}. `data` as from tofu_records."""
     prompt = Prompt(options.template, options.system, options.date)
-    questions, examples = [], []  # (split, record, which Examples are its answers); all Examples
+    questions = []  # (split, record, which of the examples are its answers)
+    examples = []
     for split, records in data.items():
         for record in records:
             answers = [record["answer"]]
@@ -347,7 +353,7 @@ def tofu_values(split, nll, paraphrased_nll, perturbed_nlls):
     probability = math.exp(-nll)
     if split in ("real_authors", "world_facts"):  # p / (p + sum of the false answers' p)
         options = torch.tensor([nll, *perturbed_nlls], dtype=torch.float64)
-        probability = options.neg().softmax(0)[0].item()  # right where all of them underflow
+        probability = options.neg().softmax(0)[0].item()  # exact even if every p underflows
     return {**nlls, "probability": probability,
             "paraphrased_probability": math.exp(-paraphrased_nll),
             "truth_ratio": truth_ratio(paraphrased_nll, perturbed_nlls)}
@@ -361,7 +367,7 @@ def per(split, field, transform=float):
 
 
 def closeness(r):
-    """min(R, 1/R): 1 where the truth ratio on the forget set says nothing."""
+    """min(R, 1/R): 1 where the true and the false answers are equally likely."""
     return min(r, 1 / r) if r else 0.0
 
 
@@ -386,7 +392,7 @@ def utility(values, reference):
 
 
 def memorization(values, reference):
-    """OpenUnlearning's memorization score: 1 where nothing is memorized."""
+    """OpenUnlearning's memorization score, which is 1 where nothing is memorized."""
     names = ("forget extraction strength", "forget exact memorization",
              "forget paraphrase probability", "forget knowledge score")
     return harmonic_mean(1 - TOFU_ROWS[name](values, reference) for name in names)
@@ -440,9 +446,11 @@ TOFU_ROWS = {
 
 def tofu_metrics(values, reference):
     """The column of one model: {row: number, or the reason why there is none}."""
-    drawn = len(values["sampled"][0]["recalls"]) if values.get("sampled") else 0
-    counts = dict.fromkeys([*(4**i for i in range(drawn) if 4**i < drawn), *[drawn] * bool(drawn)])
-    rows = TOFU_ROWS | {f"forget leak@{k}": per("sampled", "recalls", best_of(k)) for k in counts}
+    rows = dict(TOFU_ROWS)
+    if values.get("sampled"):
+        drawn = len(values["sampled"][0]["texts"])
+        for k in [*(k for k in (1, 4, 16, 64, 256) if k < drawn), drawn]:
+            rows[f"forget leak@{k}"] = per("sampled", "recalls", partial(leak_at_k, k=k))
     return {name: attempt(row, values, reference) for name, row in rows.items()}
 
 
@@ -461,7 +469,8 @@ def evaluate_muse(model, tokenizer, data, options):
 
     def score(examples):
         """As score_answers; where a text is longer than the context, NaN."""
-        room, lost = context_length(model), torch.tensor([[math.nan], [False], [math.nan]])
+        room, nan = context_length(model), torch.tensor([math.nan])
+        lost = nan, torch.tensor([False]), nan
         fitting = [e for e in examples if len(e.input_ids) <= room]
         scores = iter(spread(score_answers, model, fitting, options.max_tokens))
         return [next(scores) if len(e.input_ids) <= room else lost for e in examples]
@@ -525,15 +534,11 @@ def muse_privleak(values, auc_retrain):
     return privleak(privleak_auc(values), auc_retrain)
 
 
-def percent(x):
-    return 100 * x
-
-
 # A row is a function of the model's values and the retrained model's AUC, or why there is none.
 MUSE_ROWS = {
-    "VerbMem forget": per("verbmem", "rouge_l_f1", percent),
-    "KnowMem forget": per("knowmem_forget", "rouge_l_f1", percent),
-    "KnowMem retain": per("knowmem_retain", "rouge_l_f1", percent),
+    "VerbMem forget": per("verbmem", "rouge_l_f1", lambda x: 100 * x),
+    "KnowMem forget": per("knowmem_forget", "rouge_l_f1", lambda x: 100 * x),
+    "KnowMem retain": per("knowmem_retain", "rouge_l_f1", lambda x: 100 * x),
     "PrivLeak": muse_privleak,
     "AUC forget/holdout": lambda values, auc_retrain: privleak_auc(values),
     "extraction strength": per("verbmem", "extraction_strength"),
@@ -551,21 +556,23 @@ def muse_metrics(values, auc_retrain):
 
 @torch.no_grad()
 def quantize(model, bits):
-    """Round every matrix but embeddings and head to the nearest of 2^bits - 1 levels, spread evenly
-    over +-(largest of 64 weights). Not the format of any particular library."""
-    levels = 2 ** (bits - 1) - 1
+    """Round every matrix but embeddings and head to the nearest of 2^bits - 1 levels, which are
+    evenly spaced up to the largest absolute value of each block of 64 weights. Not the format of
+    any particular library."""
+    top = 2 ** (bits - 1) - 1  # levels from -top to top
     for module in model.modules():
         kept = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
         for p in module.parameters(recurse=False):
             if p.ndim >= 2 and not kept:
                 blocks = pad(p.float().flatten(), (0, -p.numel() % 64)).view(-1, 64)
-                step = (blocks.abs().amax(1, keepdim=True) / levels).clamp(min=1e-30)
-                rounded = (blocks / step).round() * step
+                spacing = (blocks.abs().amax(1, keepdim=True) / top).clamp(min=1e-30)
+                rounded = (blocks / spacing).round() * spacing
                 p.copy_(rounded.flatten()[:p.numel()].view_as(p))
 
 
 def evaluate_samples(model, tokenizer, records, options):
-    """`options.samples` continuations of each question, from a fixed seed, with their recalls."""
+    """{"sampled": [record]}: `options.samples` continuations of each question with their ROUGE-L
+    recalls. The random seed is fixed, but texts depend on batch size and number of processes."""
     prompt = Prompt(options.template, options.system, options.date)
     questions, answers = ([r[name] for r in records] for name in ("question", "answer"))
     ends = {e.input_ids[-1] for e in encode_answers(tokenizer, questions, answers, prompt)}
@@ -583,17 +590,13 @@ def evaluate_samples(model, tokenizer, records, options):
     return {"sampled": records}
 
 
-def best_of(k):
-    return lambda recalls: leak_at_k(recalls, k)
-
-
 # The flags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def arguments(argv):
-    """The flags, with what was not given filled in."""
+    """Parse and check the flags; return them with every default filled in."""
     parser, positive = Parser(__doc__), number(int, low=1)
     a = parser.add_argument
     a("models", nargs="+", type=nonempty, metavar="MODEL", help="folder, hub name, eval.json or "
@@ -711,7 +714,8 @@ def tofu(options):
                 miniature.make(Path(folder))
         shown = [target, reference, *options.models]
     if known := reference and evaluations.saved_entry(reference, evaluation(None), options):
-        check_reference({"values": data}, known, reference)  # before anything is run
+        # Before anything is run: the data's records stand in for a model's.
+        check_reference({"values": data}, known, reference)
     entries = collect(shown, evaluation, options)
     if options.samples:
         drawn = Evaluation(
@@ -737,12 +741,12 @@ def columns_beside(reference, name):
 
 
 def complete_tofu(values):
-    """Values as evaluate_tofu gives them: what follows from nlls, of an official log or kept from
-    before, is computed anew."""
+    """Values with probabilities and truth ratios computed anew from their nlls (an official log has
+    nothing else). Raises where they are damaged."""
     for split, records in values.items():
         for r in (r for r in records if "nll" in r):
             r |= tofu_values(split, r["nll"], r["paraphrased_nll"], r["perturbed_nll"])
-    tofu_metrics(values, values)  # raises where they are damaged
+    tofu_metrics(values, values)  # raises
     return values
 
 

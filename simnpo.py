@@ -114,12 +114,12 @@ def answer_hidden(model, input_ids, labels):
 def head_logits(model, hidden, head=None):
     """The model's own logits of hidden states, scaling and soft-capping included: (N,H) -> (N,V).
 
-    `head` stands for the model's output embeddings, if given.
+    `head` is used in place of the model's output embeddings.
     """
     own, config = model.get_output_embeddings(), model.config.get_text_config()
     if not torch.is_autocast_enabled(hidden.device.type):  # a head may be kept in fp32
         hidden = hidden.to(own.weight.dtype)
-    logits = (head or own)(hidden)
+    logits = (own if head is None else head)(hidden)
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite
@@ -154,25 +154,25 @@ def chunk_rows(model):
 def chunked(function, model, hidden, other):
     """function(head, hidden, other), computed for chunk_rows(model) rows at a time.
 
-    One chunk of logits is alive at a time: backward begins with the last one, which is kept, and
-    computes the others again. The remainder comes first, so that the one kept is a full one.
+    One chunk of logits is alive at a time. Backward computes each again, but for the last, whose
+    logits are kept: so the smaller remainder goes first.
     """
     rows, n = chunk_rows(model), len(hidden)
     sizes = [n % rows] * (n % rows > 0) + [rows] * (n // rows)
     head, hidden = summing_head(model.get_output_embeddings(), hidden)
     *early, last = zip(hidden.split(sizes), other.split(sizes))
-    again = dict(use_reentrant=False, preserve_rng_state=False)
-    values = [checkpoint(function, head, *chunk, **again) for chunk in early]
+    how = dict(use_reentrant=False, preserve_rng_state=False)
+    values = [checkpoint(function, head, *chunk, **how) for chunk in early]
     return torch.cat([*values, function(head, *last)])
 
 
 def summing_head(head, hidden):
     """A head that adds its weight's gradient up in place, and the hidden states to call it with.
 
-    Autograd holds three copies of that gradient, as large as any tensor, while it adds the chunks'
-    parts (a third of a step's memory at 128,256 words, tests/BENCH.md). Here a hook on each chunk's
-    logits adds to `total`, which WithGradient, last in backward, hands to the weight. Heads that
-    are no plain nn.Linear (LoRA) are left to autograd.
+    Autograd would hold three (V,H) gradients while it adds up the chunks, a third of a step's
+    memory at 128,256 words (tests/BENCH.md). Here a hook on each chunk's logits adds to `total`,
+    which WithGradient, the last that backward reaches, hands to the weight. Heads that are no plain
+    nn.Linear (LoRA) are left to autograd.
     """
     plain = type(head) is nn.Linear and head.weight.requires_grad
     if not (torch.is_grad_enabled() and plain):

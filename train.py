@@ -42,7 +42,7 @@ class Answers(NamedTuple):
     """What a loss is made of: B forget sequences with N answer tokens in all."""
     logps: torch.Tensor  # (B,) log pi(y|x)
     lengths: torch.Tensor  # (B,) |y|
-    tokens: torch.Tensor  # (N,) log-probability of each token, sequence after sequence
+    token_logps: torch.Tensor  # (N,) of each token, sequence after sequence
     ref_logps: torch.Tensor | None  # (B,) logps before unlearning, where the loss needs them
 
 
@@ -65,14 +65,14 @@ LOSSES = {
     "satimp": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta * (1-p)**args.beta2),
                    {"beta": 5.0, "forget_weight": 0.1}),
     # CE-U (Yang, arXiv 2503.01224) has the gradient of -log(1 - p), from the first answer token on
-    "ceu": Loss(lambda y, args: token_means(-log_complement(y.tokens), y.lengths),
+    "ceu": Loss(lambda y, args: token_means(-log_complement(y.token_logps), y.lengths),
                 {"forget_weight": 1.0}),
 }
 
 
 def weighted_ascent(y, weight):
     """Mean over each answer's tokens of weight(p) log p, the weight without gradient: (B,)."""
-    return token_means(weight(y.tokens.detach().exp()) * y.tokens, y.lengths)
+    return token_means(weight(y.token_logps.detach().exp()) * y.token_logps, y.lengths)
 
 
 def token_means(values, lengths):
@@ -81,8 +81,9 @@ def token_means(values, lengths):
 
 
 def log_complement(logps):
-    """log(1 - p) of each log p; at most log p = -1e-7, the nearest to 0 that fp32 tells apart."""
-    return (-logps.clamp(max=-1e-7).expm1()).log()
+    """log(1 - p) of each log p. Above -2^-24 p rounds to 1 in fp32, and a token's cross-entropy has
+    no gradient, so nothing is lost by the clamp, which keeps the value finite."""
+    return (-logps.clamp(max=-2**-24).expm1()).log()
 
 
 # The flags, each with its default. Where none is given here, it depends on the model, the loss or
@@ -90,7 +91,7 @@ def log_complement(logps):
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # of real models: the official TOFU code
-COUNT, RATE, WEIGHT = number(int, low=1), number(float, above=0), number(float, low=0)
+COUNT, POSITIVE, NONNEGATIVE = number(int, low=1), number(float, above=0), number(float, low=0)
 
 
 def flags():
@@ -112,22 +113,26 @@ def flags():
       help="default simnpo; ga with --retain-loss nll is GradDiff")
     a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl: to the "
       "start model, of which a frozen copy is kept")
-    a("--beta", type=RATE, help="default 2.5 (paper, TOFU forget05); of others see LOSSES")
-    a("--gamma", type=number(float), default=0.0, help="reward margin, default 0 (paper, TOFU)")
-    a("--beta2", type=WEIGHT, default=1.0, help="satimp's exponent of 1 - p, default 1 (its paper)")
-    a("--forget-weight", type=WEIGHT, help="default 0.1375 (official code, TOFU forget05); of "
-      "others see LOSSES")
-    a("--retain-weight", type=WEIGHT, default=1.0, help="default 1 (official code)")
+    a("--beta", type=POSITIVE, help="default 2.5 (paper, TOFU forget05); npo 0.1, wga 1, satimp 5; "
+      "ga and ceu have none")
+    a("--gamma", type=number(float), default=0.0, help="simnpo's reward margin; default 0 (paper, "
+      "TOFU)")
+    a("--beta2", type=NONNEGATIVE, default=1.0, help="satimp's exponent of 1 - p; default 1")
+    a("--forget-weight", type=NONNEGATIVE, help="default 0.1375 (official code, TOFU forget05); "
+      "satimp 0.1, others 1")
+    a("--retain-weight", type=NONNEGATIVE, default=1.0, help="default 1 (official code)")
     a = parser.group("optimization (defaults: official TOFU code)")
     a("--epochs", type=COUNT, help="passes over --forget, else --retain; default 10")
     a("--batch-size", type=COUNT, help="forget and as many retain sequences a step; default 32")
-    a("--lr", type=RATE, help="peak learning rate of AdamW; default 1e-5")
-    a("--weight-decay", type=WEIGHT, default=0.01, help="of matrices; default 0.01")
-    a("--warmup-epochs", type=WEIGHT, default=1.0, help="linear warm-up; default 1")
+    a("--lr", type=POSITIVE, help="peak learning rate of AdamW; default 1e-5")
+    a("--weight-decay", type=NONNEGATIVE, default=0.01, help="of matrices; default 0.01")
+    a("--warmup-epochs", type=NONNEGATIVE, default=1.0, help="linear warm-up; default 1")
     a("--schedule", choices=["linear", "constant"], default="linear", help="linear decay to 0 "
       "(TOFU, default), or constant without warm-up (MUSE)")
-    a("--clip", type=RATE, default=1.0, help="largest gradient norm; default 1 (official: none)")
-    a("--seed", type=number(int, low=0), default=0, help="of data order and --init; default 0")
+    a("--clip", type=POSITIVE, default=1.0, help="largest gradient norm; default 1 (official: "
+      "none, here 1e12)")
+    a("--seed", type=number(int, low=0), default=0, help="random seed of data order, dropout, "
+      "rounding, adapters and --init; default 0")
     a = parser.group("speed and memory (results stay, but for rounding)")
     a("--max-tokens", type=COUNT, help="padded tokens a micro-batch; default 16384, CPU 1024")
     a("--dtype", choices=list(DTYPES), help="of matrix products, master weights stay fp32; "
@@ -148,7 +153,7 @@ def flags():
 
 
 def arguments(argv):
-    """The flags, with what was not given filled in."""
+    """Parse and check the flags; return them with every default filled in."""
     args = flags().parse_args(argv)
     require(not (args.model and args.init), "--model and --init: give one of them")
     require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune; "
@@ -200,15 +205,15 @@ def main(argv=None):
         mini = miniature.is_start_model(args)
         if mini and not complete:
             miniature.make(Path(args.model))
-        if not (mini and complete):  # by then it may have been deleted
+        if not (mini and complete):  # since then the built-in start model may have been deleted
             settings["start"] = fingerprint(args.init or args.model)
     if run_folder.is_complete(args.output, settings, complete):
         return 0
     state = build(args)
-    borders = rope_borders(state.objective.model)
+    borders = rope_borders(state.objective.model)  # lengths that LongRoPE sets apart in a batch
     # What NPO compares with: the model as it was, so before a checkpoint is loaded.
-    with_reference = forget and LOSSES[args.loss].needs_reference
-    ref_logps = score(state.objective, forget, args) if with_reference else None
+    needs_reference = bool(forget) and LOSSES[args.loss].needs_reference
+    ref_logps = score(state.objective, forget, args) if needs_reference else None
 
     n = len(forget or retain)
     batch = min(args.batch_size, n)  # every batch is full, passes follow each other without a gap
@@ -216,7 +221,8 @@ def main(argv=None):
     total = max(epochs)
 
     with run_folder.session(args, settings, total) as (start, log, caught):
-        step = load_checkpoint(state, args, start)
+        load_checkpoint(state, args, start)
+        step = start
         while True:  # here `step` steps are done
             if step in epochs:
                 log(step=step, epoch=epochs[step], **probe(state.objective, forget, retain, args))
@@ -232,7 +238,8 @@ def main(argv=None):
                 break
 
             began, losses = time.time(), torch.zeros(2, device=args.device)
-            # Dropout, stochastic rounding and the batch are functions of (seed, step).
+            # Dropout, stochastic rounding and the batch are functions of (seed, step), so that a
+            # resumed run needs no random state. Forget and retain sets have streams of their own.
             torch.manual_seed(args.seed * 1_000_003 + step)
             forget_indices = draw(len(forget), step * batch, batch, 2 * args.seed)
             retain_indices = draw(len(retain), step * batch, batch, 2 * args.seed + 1)
@@ -295,12 +302,12 @@ def shuffled(n, seed, epoch):
 
 
 def micro_batches(data, indices, max_tokens, borders=()):
-    """This rank's [(indices, scale)] of some Examples of data: batches of like length, padded to at
-    most max_tokens together, none across a border (models.rope_borders).
+    """[(indices, scale)] of this rank's micro-batches of some Examples of data: of like length, at
+    most max_tokens with padding, none across a border (models.rope_borders).
 
-    A micro-batch's sum of losses times its scale is its part of the step's mean. FSDP takes the
-    mean over ranks, where a sum is meant, so the scale is world/len(indices). Its ranks must make
-    equally many passes: those with fewer batches repeat the shortest Example with scale 0.
+    The sum of losses times scale, over all ranks and micro-batches, is the mean over `indices`.
+    FSDP averages gradients over ranks, hence the factor world. It needs as many passes on each
+    rank: a rank with fewer repeats the shortest Example with scale 0.
     """
     rank, world = distributed.rank(), distributed.world()
     order = sorted(indices, key=lambda i: len(data[i].input_ids), reverse=True)
@@ -315,10 +322,10 @@ def micro_batches(data, indices, max_tokens, borders=()):
 def forget_losses(objective, forget, indices, ref_logps, args):
     """The loss of each forget sequence: (B,)."""
     ids, labels = on_device(forget, indices, args)
-    tokens = objective(ids, labels)
-    logps, lengths = sum_answers(tokens, labels)
+    token_logps = objective(ids, labels)
+    logps, lengths = sum_answers(token_logps, labels)
     ref = ref_logps[indices] if ref_logps is not None else None
-    return LOSSES[args.loss].function(Answers(logps, lengths, tokens, ref), args)
+    return LOSSES[args.loss].function(Answers(logps, lengths, token_logps, ref), args)
 
 
 def retain_losses(objective, retain, indices, args):
@@ -344,10 +351,10 @@ def learning_rate(args, step, total, per_epoch):
 
 
 def update(state, losses, lr, args):
-    """Clip and take the step that the gradients ask for; returns what is logged of it.
+    """Clip the gradient and take an optimizer step; returns what is logged of it.
 
     Raises FloatingPointError, and changes no weight, where loss or gradient are not finite. In fp16
-    a gradient may overflow: that step is skipped and the scale halved, which ends below 1.
+    a gradient may overflow: that step is skipped and the loss scale halved; below 1 it raises.
     """
     objective, optimizer, scaler = state
     for group in optimizer.param_groups:
@@ -383,7 +390,7 @@ def score(objective, data, args):
     for indices, scale in micro_batches(data, range(len(data)), args.max_tokens, borders):
         ids, labels = on_device(data, indices, args)
         values, _ = sum_answers(objective(ids, labels), labels)
-        logps[indices] += values * (scale > 0)
+        logps[indices] += values * (scale > 0)  # scale 0: a filler, which another rank scores
     objective.train()
     if distributed.world() > 1:
         objective.reshard()  # without a backward, FSDP leaves the root's parameters gathered
@@ -391,7 +398,8 @@ def score(objective, data, args):
 
 
 def probe(objective, forget, retain, args, most=100):
-    """Mean of p(answer)^(1/|answer|) over at most 100 evenly spread Examples of either set."""
+    """{"forget_prob", "retain_prob"}: the mean of p(answer)^(1/|answer|) over at most 100 evenly
+    spread Examples of either set."""
     record = {}
     for name, data in (("forget_prob", forget), ("retain_prob", retain)):
         if data:
@@ -406,7 +414,8 @@ def probe(objective, forget, retain, args, most=100):
 # Model and optimizer
 
 class Objective(nn.Module):
-    """What FSDP wraps: forward returns log-probabilities, so the head runs in the sharded root."""
+    """The model as FSDP wraps it: forward returns the answers' log-probabilities, not logits, so
+    that the head runs within the sharded root."""
 
     def __init__(self, model, reference=None, mixed=None):
         super().__init__()
@@ -446,7 +455,7 @@ def answer_token_kl(model, reference, input_ids, labels):
 
 
 def build(args):
-    """Load, adapt and shard the model; optimizer and scaler for it."""
+    """The State: the model loaded, adapted and sharded; its optimizer and scaler."""
     with distributed.together():
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
         model = load_start(args, dtype)
@@ -455,10 +464,10 @@ def build(args):
         with_kl = args.forget and args.retain_loss == "kl"
         reference = load_start(args, dtype).requires_grad_(False) if with_kl else None
     mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
-    names = {name: tensor.shape for name, tensor in savable_tensors(model)}
+    shapes = {name: tensor.shape for name, tensor in savable_tensors(model)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
     model = adapt(model, args)
-    check_mergeable(model, names)
+    check_mergeable(model, shapes)
     objective = Objective(model, reference, mixed).train()
     if distributed.world() > 1:
         shard(objective)  # layer by layer onto the card: no card holds the whole
@@ -469,7 +478,8 @@ def build(args):
 
 
 def try_step(objective, args):
-    """Raise InputError where no gradient can be had: dropout of 2, --compile without a compiler."""
+    """Raise InputError if a forward and backward pass fails, before any data is trained on: a
+    dropout above 1, --compile without a compiler."""
     ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
     with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
         objective(ids, ids).sum().backward()
@@ -493,6 +503,7 @@ def shard(objective):
     policy = MixedPrecisionPolicy(param_dtype=objective.mixed, reduce_dtype=torch.float32)
     objective.mixed = None  # FSDP casts; no autocast on top
     for model in filter(None, (objective.model, objective.reference)):
+        # The first list of modules is the decoder's stack of layers.
         layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
         for layer in layers:
             fully_shard(layer, mp_policy=policy)
@@ -511,7 +522,7 @@ def make_optimizer(model, args):
 
 def steps_taken(optimizer):
     """How many steps changed the weights: all but those that fp16 skipped."""
-    # Every trained parameter has a gradient in every step, so they all count alike.
+    # All parameters count alike, but for experts that no token has reached yet.
     return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
 
 
@@ -534,9 +545,9 @@ def save_checkpoint(state, args, step):
 
 
 def load_checkpoint(state, args, step):
-    """Put back what was saved after `step` steps, if any; returns the step."""
+    """Put back weights and optimizer state as they were after `step` steps, if any."""
     if not step:
-        return step
+        return
     shapes = {f"weight.{name}": (p.shape, p.dtype)
               for name, p in state.objective.model.named_parameters()}
     with distributed.together():  # rank 0 reads and checks, the others get their parts from it
@@ -551,24 +562,24 @@ def load_checkpoint(state, args, step):
         if f"exp_avg.{name}" in names:
             moments = {key: distributed.placed(saved.pop(f"{key}.{name}", None), p)
                        for key in MOMENTS}
+            # The fused AdamW counts on the device.
             counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
             count = torch.tensor(float(about["adam_step"]), device=counted_on)
             state.optimizer.state[p] = {"step": count, **moments}
     with blame(args.output, "the scaler of its checkpoint cannot be used"):
         state.scaler.load_state_dict(about["scaler"])
-    return step
 
 
 def save_model(objective, files, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
     model = objective.model
-    with merged(model):  # until the file is written: on a CPU `weights` are the model's own
+    with merged(model):  # until the file is written: on a CPU `weights` share the model's memory
         weights = distributed.gathered(savable_tensors(model))
         if distributed.first():
             with run_folder.filling(folder) as scratch:
                 # Of what transformers writes only weights are kept; all else is as it was.
                 plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-                plain.generation_config = GenerationConfig()  # the model's own may be refused
+                plain.generation_config = GenerationConfig()  # save_pretrained refuses some
                 plain.save_pretrained(scratch, state_dict=weights)
                 for written in scratch.glob("*config.json"):
                     written.unlink()

@@ -5,7 +5,7 @@
 A data file is JSON lines, a JSON array or plain text (data/README.md). Its records are of one kind:
 
     question, answer [, paraphrased_answer, perturbed_answer]  loss on the answer and its end (TOFU)
-    text                                                       loss on all but one token (MUSE)
+    text                                                       loss from a chunk's second token on
     input_ids                                                  the same, already tokenized
 """
 
@@ -57,11 +57,12 @@ class Prompt:
 # Questions and answers to tokens
 
 def encode_prompts(tokenizer, questions, prompt):
-    """Token ids that ask these questions: what a prompt for generation and a conversation with an
-    answer begin with, in training's tokens.
+    """Token ids of each question's prompt: the longest common prefix of the tokenized generation
+    prompt and a tokenized conversation with an answer.
 
-    What the former has beyond is left to the model: a think block's beginning, newlines that are
-    one token only at a text's end, a blank. Raises InputError where the chat template is unusable.
+    So a prompt holds no token that training has not shown in its place. What the generation prompt
+    has beyond (the beginning of a think block, a blank, a newline that is a token of its own only
+    at a text's end) is left for the model to write. InputError if the chat template is unusable.
     """
     asked, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
                        for answer in (None, MARK))
@@ -87,7 +88,7 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
 
 
 def conversations(tokenizer, questions, answers, prompt, where=None):
-    """Questions and answers as texts; where an answer is None, up to where one is to follow."""
+    """The text of each question with its answer; where that is None, up to where it would begin."""
     template = template_of(tokenizer, prompt)
     if template == "chat":
         check_chat(tokenizer, prompt)
@@ -110,8 +111,8 @@ def encode(tokenizer, texts, front):
 
 
 def front_of(tokenizer, prompt=None):
-    """What tokenizer(text) puts before a text: a BOS, nothing (Phi-3.5 and SmolLM2 have a bos_token
-    and do not use it), or more than a BOS. A chat template writes its own."""
+    """Token ids that tokenizer(text) puts before a text: a BOS, nothing (Phi-3.5 and SmolLM2 have a
+    bos_token and do not use it), or more than a BOS. A chat template writes its own."""
     if prompt and template_of(tokenizer, prompt) == "chat":
         return []
     bare, full = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
@@ -122,13 +123,17 @@ def front_of(tokenizer, prompt=None):
 # or an empty think block before, a token of their own at the end, text after the turn.
 
 def chat(tokenizer, question, answer, prompt, place):
-    """The conversation up to the end of the assistant's turn: the last special token that stands
-    there whether another turn follows or not (or the first at all: GPT-OSS ends the last turn in
-    its own way), else the EOS. Without an answer: up to where every answer begins."""
+    """The conversation up to the end of the assistant's turn; without an answer, up to where every
+    answer begins.
+
+    The end is the last special token that is printed both when another turn follows and when none
+    does; if there is none, the first special token (GPT-OSS ends its last turn in another way); if
+    there is none at all, the EOS.
+    """
     with blame(place, "the tokenizer's chat template fails"):
         text, marked = (render(tokenizer, question, a, prompt) for a in (answer, MARK))
     before, _, after = marked.rpartition(MARK)
-    if answer is None:  # what is written between the prompt for generation and any answer is asked
+    if answer is None:  # what stands between the generation prompt and any answer is the prompt's
         return before if before.startswith(text) else text
     printed = text[len(before):len(text) - len(after)]  # a template may strip it, but no more
     whole = text == before + printed + after and printed.strip() == answer.strip()
@@ -143,7 +148,7 @@ def chat(tokenizer, question, answer, prompt, place):
 
 
 def special_ends(tokenizer, text):
-    """Where the special tokens in a text end."""
+    """Character positions in a text at which its special tokens end."""
     ends = []
     for i in encode(tokenizer, [text], [])[0]:
         token, at = tokenizer.convert_ids_to_tokens(i), ends[-1] if ends else 0
@@ -201,7 +206,7 @@ def load_examples(path, tokenizer, max_length, prompt=Prompt(), vocab_size=None)
 
 
 def to_examples(records, tokenizer, max_length, prompt=Prompt(), vocab_size=None):
-    """load_examples of records that have been read."""
+    """The Examples of records that have been read, as load_examples."""
     kind, where = kind_of(records[0]), [r["where"] for r in records]
     require(kind != "prompt", f"{where[0]}: prompt and gt are for evaluation, not for training")
     if kind == "question":

@@ -106,7 +106,7 @@ def test_adding_a_loss(tmp_path, monkeypatch):
     flags = ["--model", "model", "--forget", "forget25", "--epochs", "2", "--lr", "1e-3",
              "--output", "out"]
     monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
-    exec(SNIPPETS[2].partition("eval.TOFU_ROWS")[0], {"training_flags": flags})
+    exec(SNIPPETS[2].partition("evaluation.TOFU_ROWS")[0], {"training_flags": flags})
     model, tokenizer = load_pretrained("model")
     expected = []
     for e in load_examples("forget25", tokenizer, 128):

@@ -48,7 +48,7 @@ def retain_beside(forget):
     """The retain set by TOFU's convention: forget05 -> retain95."""
     percent = re.fullmatch("forget([0-9]{1,2})", forget.stem)
     require(percent and int(percent[1]), f"--retain is needed: {forget.name} has no retain set by "
-            "TOFU's blame (forget05 -> retain95); or pass --retain-loss none")
+            "TOFU's naming (forget05 -> retain95); or pass --retain-loss none")
     return find(forget.with_name(f"retain{100 - int(percent[1]):02d}"))
 
 

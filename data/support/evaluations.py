@@ -49,8 +49,8 @@ def collect(arguments, evaluation, options):
 
 
 def check(arguments, evaluation, options):
-    """{model: its evaluation that need not be made, or None}. InputError, before hours of work, for
-    a missing model or results that could not be saved."""
+    """{model: its saved evaluation if that still fits, else None}. InputError, before hours of
+    work, for a missing model or results that could not be saved."""
     with distributed.together():
         saved = {a: saved_entry(a, evaluation, options) for a in arguments}
         for argument in (a for a in arguments if not saved[a]):
@@ -66,7 +66,7 @@ def home(argument):
 
 
 def saved_entry(argument, evaluation, options):
-    """The evaluation that need not be made, or None."""
+    """The model's saved evaluation if it still fits, else None."""
     path = Path(argument)
     if (path / "eval.json").is_file() and not (path / "config.json").is_file():
         path = path / "eval.json"

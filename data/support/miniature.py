@@ -21,7 +21,7 @@ DATA = Path(__file__).resolve().parent.parent
 TRAIN = DATA.parent / "train.py"
 TOKENIZER = str(DATA / "mini_model")  # of all the miniature's models
 BASE_MODEL, TARGET_MODEL = str(Path("runs", "base")), str(Path("runs", "target"))
-# Flags that are not given, when --model is left out: what suits a million parameters.
+# Defaults of flags for the built-in model of a million parameters.
 UNLEARN = {"lr": 5e-4, "epochs": 20, "forget_weight": 0.5}
 FINETUNE = {"lr": 5e-4, "epochs": 16}
 BASE = {"lr": 2e-3, "epochs": 10}  # from random weights
@@ -89,7 +89,7 @@ def make(folder):
         raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
                          + shlex.join(["python", "train.py", *flags]))
     with owned(folder.with_name(f".{folder.name}.lock")):
-        if not is_made(folder, data):  # by now
+        if not is_made(folder, data):  # another process may have made it while this one waited
             say(f"Making {folder} first, once (data/{data.name})")
             command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
             with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves

@@ -33,10 +33,9 @@ from . import distributed
 from .data_files import find
 from .errors import HELP, Failure, InputError, blame, caught_signals, cause, in_short, require
 
-# What args.json does not hold; and what a resumed run, or another rank, may have otherwise: names
-# whose content is compared by its hash, and (a resumed run only) what does not change the result.
-UNKEPT = {"output", "resume", "device"}
-NAMES = {"forget", "retain", "model", "init"}
+UNKEPT = {"output", "resume", "device"}  # arguments that args.json does not hold
+NAMES = {"forget", "retain", "model", "init"}  # may differ: their content is compared, by its hash
+# A resumed run may change these, which leave the result as it is; the ranks of a run may not.
 FREE = {"save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
 LOCK, HALF_DONE = ".lock", ".half-done"
 CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
@@ -165,8 +164,8 @@ def compare(output, settings):
 
 
 def is_complete(output, settings, complete):
-    """Whether the run is complete, as rank 0 has found. Raises InputError, on every rank, unless
-    all have the same run before them, and it is this one."""
+    """Whether the run is complete, as rank 0 has found; if so, say it and tidy the folder. Raises
+    InputError on every rank unless all have the same settings, and the folder's run has them."""
     complete, first = distributed.from_first((complete, settings))
     with distributed.together():
         other = [key for key in settings if key not in NAMES and settings[key] != first[key]]
@@ -198,7 +197,8 @@ def session(args, settings, total):
                 stack.enter_context(owned(
                     output / LOCK, f"{output}: another process is training into this folder; "
                     "wait for it, or pass another --output"))
-                done = check_run(output, settings, args.resume, {})  # nobody was here meanwhile
+                # Again, since another process may have trained here before the lock was held.
+                done = check_run(output, settings, args.resume, {})
                 require(not done, f"{output}: finished by another process meanwhile")
                 start = newest_step(output, total)
         start = distributed.from_first(start)
