@@ -27,9 +27,8 @@ from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.support.data_files import read_records
-from data.support.errors import InputError, blame, one_line_errors, require
+from data.support.errors import InputError, Parser, blame, one_line_errors, require
 from data.support.run_folder import filling
-from data.support.options import Parser
 
 TOFU = {  # file: its number of records
     "full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain99": 3960,
@@ -141,7 +140,7 @@ def download(names, folder, force=False):
 
 @one_line_errors
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="+", choices=["tofu", "news", "books", "all"],
                         metavar="tofu|news|books|all", help="what to fetch")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent,
