@@ -13,7 +13,6 @@ A file gets its name only when it is whole: it has been read once as train.py an
 it, and has as many records as TOFU's card or the viewer say.
 """
 
-import argparse
 import json
 import sys
 from functools import partial

@@ -67,7 +67,7 @@ REFUSED = {
     "BertLMHeadModel": ({}, "looks at later tokens"),
     "RecurrentGemmaForCausalLM": (  # a soft cap by another name
         dict(lru_width=32, head_dim=8, attention_window_size=8,
-             block_types=["recurrent", "attention"]), "turns hidden states into logits in a way"),
+             block_types=["recurrent", "attention"]), "head_logits does not know how"),
     "RwkvForCausalLM": (  # its state takes padding for text
         dict(attention_hidden_size=32, context_length=128), "gives other logits from its cache"),
     "Qwen3NextForCausalLM": (  # without a layer of full attention: generate raises
@@ -119,7 +119,7 @@ def own_logps(model, example):
 
 def test_nll_is_the_models_own_loss(folder):
     model, whole = loaded(folder, "fp32")[0], own(folder)
-    for e, (logps, _) in zip(examples(), evaluation.score_answers(model, examples(), 60)):
+    for e, (logps, *_) in zip(examples(), evaluation.score_answers(model, examples(), 60)):
         labels = [-100] * e.start + e.input_ids[e.start:]
         loss = whole(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([labels])).loss
         assert -logps.mean().item() == pytest.approx(loss.item(), abs=1e-5)
@@ -128,7 +128,7 @@ def test_nll_is_the_models_own_loss(folder):
 @torch.no_grad()
 def test_bf16_logps_are_those_of_its_bf16_logits(folder):
     model, whole = loaded(folder, "bf16")[0], own(folder, torch.bfloat16)
-    for e, (logps, _) in zip(examples(), evaluation.score_answers(model, examples(), 1)):
+    for e, (logps, *_) in zip(examples(), evaluation.score_answers(model, examples(), 1)):
         assert (logps - own_logps(whole, e)).abs().max() < 0.02
 
 

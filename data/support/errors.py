@@ -15,7 +15,6 @@ import sys
 import textwrap
 import threading
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 

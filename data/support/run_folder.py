@@ -23,7 +23,6 @@ import shutil
 import signal
 import tempfile
 import time
-from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
