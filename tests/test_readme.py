@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log, write_data, write_model, write_tofu
+from conftest import ROOT, log, stop_after, write_data, write_model, write_tofu
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
                           TrainingArguments)
 
@@ -166,7 +167,8 @@ def test_answer_logps_of_a_peft_model(model):
     "ia3", None, "frozen"], ids=str)
 def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
     """The folder, opened by transformers alone, has the logits of the trained model, and so has
-    every snapshot; snapshots change nothing. None: all weights are trained."""
+    every snapshot; a run without snapshots, and one that was stopped and resumed, give the same to
+    the last bit. None: all weights are trained."""
     tied_target = tied and isinstance(kind, dict) and "target_modules" in kind
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
@@ -204,8 +206,14 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert (got - start).abs().max() > 0.05
     assert train.main([*flags, "--output", "without"]) == 0
-    ends = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in ("out", "without")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", stop_after(3))
+        assert train.main([*flags, "--output", "resumed"]) == 143
+    assert train.main([*flags, "--output", "resumed", "--resume"]) == 0
+    whole, *others = (load_file(f"{folder}/model.safetensors")
+                      for folder in ("out", "without", "resumed"))
+    for other in others:
+        assert all(torch.equal(whole[name], other[name]) for name in whole)
 
 
 @pytest.mark.parametrize("config", [

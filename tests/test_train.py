@@ -18,6 +18,7 @@ from conftest import (RECORDS, SERVER, free_port, log, stop_after, weights, writ
                       write_lines, write_model)
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, PreTrainedTokenizerFast)
@@ -554,15 +555,24 @@ RUNS = {
     "split": ["--init", "tied", "--max-tokens", "30", "--checkpointing"],
     "kl": ["--model", "target", "--retain-loss", "kl"],
     "npo": ["--model", "target", "--loss", "npo", "--beta", "0.1", "--retain-loss", "none"],
+    "lora": ["--model", "target"],  # adapted by lora, saved merged
 }
+
+
+def lora(model, args):
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 def five_steps(folder, options, output, *more):
     """Five steps on the toy data; names in options are folders of it."""
     options = [str(folder / x) if x in ("init", "tied", "target") else x for x in options]
-    return train.main([*options, "--forget", str(folder / "forget25"),
-                       "--retain", str(folder / "retain75"), "--epochs", "5", "--batch-size", "4",
-                       "--lr", "1e-3", "--output", str(folder / output), *more])
+    with pytest.MonkeyPatch.context() as patch:
+        if output.startswith("lora"):
+            patch.setattr(train, "adapt", lora)
+        return train.main([*options, "--forget", str(folder / "forget25"),
+                           "--retain", str(folder / "retain75"), "--epochs", "5", "--batch-size",
+                           "4", "--lr", "1e-3", "--output", str(folder / output), *more])
 
 
 def two_ranks(rank, folder, port):
@@ -605,7 +615,7 @@ def test_two_processes_do_what_one_does(name, two_rank_runs):
         assert {k: v for k, v in y.items() if k != "tokens_per_s"} == pytest.approx(
             {k: v for k, v in x.items() if k != "tokens_per_s"}, rel=1e-4, abs=1e-5)
     one, two = (weights(two_rank_runs / f"{name}-{n}") for n in (1, 2))
-    start = weights(two_rank_runs / "target") if name in ("kl", "npo") else None
+    start = weights(two_rank_runs / "target") if name in ("kl", "npo", "lora") else None
     assert one.keys() == two.keys()
     assert_close(two, one, 3e-5)
     assert not start or max((one[k] - start[k]).abs().max() for k in one) > 1e-3
