@@ -355,6 +355,22 @@ def test_more_tokens_than_embeddings(world, tmp_path, capfd):
     assert train.main([*argv, "--forget", "other.jsonl", "--retain-loss", "none"]) == 0
 
 
+def test_what_cannot_be_trained_is_refused_before_the_run(world, tmp_path, capfd, monkeypatch):
+    """A dropout above 1, which no evaluation meets; --compile without a compiler."""
+    shutil.copytree(world / "model", "wet")
+    config(attention_dropout=2.0)(tmp_path / "wet")
+    assert_refused(train, words(RUN, world, "--model wet"), "wet", capfd, tmp_path, world)
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", raiser("no compiler"))
+    assert_refused(train, words(RUN, world, "--compile"), f"{world}/model", capfd, tmp_path, world)
+
+
+def raiser(message):
+    def fail(*args, **kwargs):
+        raise RuntimeError(message)
+    return fail
+
+
 def test_what_a_model_folder_names_is_left_alone(world, tmp_path):
     """transformers knows Llama: what auto_map offers instead is neither imported nor copied. And
     whatever paths a folder's files hold, only the output is written to."""
