@@ -356,8 +356,8 @@ def test_more_tokens_than_embeddings(world, tmp_path, capfd):
 
 
 def test_what_cannot_be_trained_is_refused_before_the_run(world, tmp_path, capfd, monkeypatch):
-    """A dropout above 1, which no evaluation meets; --compile without a compiler, as it fails when the
-    compiled decoder is first called."""
+    """A dropout above 1, which no evaluation meets; --compile without a compiler, which fails when
+    the compiled decoder is first called."""
     shutil.copytree(world / "model", "wet")
     config(attention_dropout=2.0)(tmp_path / "wet")
     assert_refused(train, words(RUN, world, "--model wet"), "wet", capfd, tmp_path, world)
