@@ -120,16 +120,16 @@ def values_of(model, forget):
     return next(entry["values"] for name, entry in entries.items() if name.endswith(key))
 
 
-def load(model, data):
-    """A model and the Examples of a file."""
+def load(model, data, length=512):
+    """A model and the Examples of a file, texts in chunks of `length` tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return AutoModelForCausalLM.from_pretrained(model), load_examples(data, tokenizer, 512)
+    return AutoModelForCausalLM.from_pretrained(model), load_examples(data, tokenizer, length)
 
 
 @torch.no_grad()
-def token_means(model, data, every=1):
+def token_means(model, data, every=1, length=512):
     """log p(answer)/|answer| of every so many records of a file."""
-    model, examples = load(model, data)
+    model, examples = load(model, data, length)
     means = []
     for i in range(0, len(examples[::every]), 25):
         logps, lengths = answer_logps(model, *collate(examples[::every][i:i + 25]))
@@ -137,9 +137,14 @@ def token_means(model, data, every=1):
     return means
 
 
+def exp_mean(logps):
+    """Mean probability from log-probabilities."""
+    return statistics.fmean(map(math.exp, logps))
+
+
 # Equal pull
 
-def forget_weights(target, forget, retain, losses):
+def forget_weights(target, forget, retain, losses, length=512):
     """{(loss, flags): the --forget-weight that makes the forget gradient as long as the retain
     gradient at the target}.
 
@@ -147,8 +152,8 @@ def forget_weights(target, forget, retain, losses):
     `retain`, evenly spread. So both are as noisy, and a target at rest (the mean gradient over all
     that it was trained on is near 0) is no special case.
     """
-    model, forget = load(target, forget)
-    _, retain = load(target, retain)
+    model, forget = load(target, forget, length)
+    _, retain = load(target, retain, length)
     retain = retain[::len(retain) // len(forget)][:len(forget)]
     wanted = gradient_norm(model, retain, lambda y: -y.logps / y.lengths)
     weights = {}

@@ -1,6 +1,6 @@
 """Seven losses at equal pull: how near to a retrained model do they come, and at what price?
 
-Each has twelve settings: four of its own x three rates. With a beta: two betas, x the pulls 1/4 and
+Each has eight settings: four of its own x two rates. With a beta: two betas, x the pulls 1/4 and
 1; without one: the pulls 1/8, 1/4, 1/2, 1. Gradient ascent has no retain term, so AdamW takes any
 weight alike: it has four lengths of the schedule instead. Pull is the norm of the weighted forget
 gradient over the retain gradient's at the target (common.forget_weights). NPO's betas are SimNPO's
@@ -19,17 +19,16 @@ says nothing; their gradient, of p^beta, p^5 (1-p) and p/(1-p), changes by more 
 between p = 0.99 and 0.3, so that equal pull at the start may leave them short later.
 """
 
-import json
 import random
 import statistics
 
 from studies.common import (PULLS, ROOT, RUNS, builtin, curve, each, fine_tuned, forget_weights,
-                            keep_only, number, pyplot, run, save_csv, snapshot, spread, table,
+                            keep_only, number, pyplot, run, save_csv, snapshot, table,
                             values_of)
 from studies.null import COLUMNS, FORGET, PAIRED, apart, measured, null_row
 
 RETAIN = ROOT / "data" / "retain95"
-RATES, TOLD_OF, WINDOW = (2e-4, 5e-4, 1e-3), (1, 2, 3), 1.25
+RATES, TOLD_OF, WINDOW = (2e-4, 6e-4), (1, 2, 3), 1.25
 FOUR_PULLS = (0.125, 0.25, 0.5, 1)
 
 
@@ -136,7 +135,7 @@ def report(null, unit, references, targets, grid, chosen, told):
         fits = sum(g["method"] == method and g["step"] != "never" for g in grid)
         interval = bootstrap(everything["SimNPO"], everything[method], references, unit)
         retain = [d["retain prob."] for d in details if d["method"] == method]
-        rows.append([method, f"{fits} of 12", f"{sum(fit for *_, fit in runs)} of 3",
+        rows.append([method, f"{fits} of 8", f"{sum(fit for *_, fit in runs)} of 3",
                      ", ".join(f"{x:.3f}" for x in retain),
                      " to ".join(f"{x:.2f}" for x in interval)])
     table("methods: who gets there, and SimNPO against each", rows)

@@ -2,8 +2,8 @@
 answers of about 8 or about 56 tokens, 20 facts a cell, all to be forgotten at once.
 
 {with, without a reference} x {sum, mean over tokens}: NPO, SimNPO and the two between. Beta times
-length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pulls 1/4 and 1, rates
-5e-4 and 1e-3, two worlds (other people each) with a target and three retrained models of their own.
+length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 1, rates 3e-4 and
+1e-3, two worlds (other people each) with a target and three retrained models of their own.
 Each fact is about a person of its own; the retain set has 400 more facts, all told 16 times.
 
 Outcome. log p per token of the unlearned model less that of the retrained ones, mean of each cell,
@@ -16,24 +16,21 @@ that were hardly learned, and a sum over tokens treats lengths unequally. So
   A  the spread is larger with a reference than without;
   B  the cells told once come out lower with a reference than without, and below 0 with it;
   C  short and long answers differ more (in size, mean over how often told) with sums than means.
-Each is one comparison per other ingredient (B and A: sum, mean; C: with, without reference), pull,
-rate and world: 16 in all. Agreement: at least 13 of those that reach the crossing (or four fifths),
-and a mean difference beyond the null's largest. Disagreement: at most 3 (or a fifth). Else:
-undecided.
+Each is one comparison per other ingredient (A and B: sum, mean; C: with, without reference), rate
+and world: 8 in all. Agreement: at least 7 of 8 (or seven eighths of those that reach the crossing),
+and a mean difference beyond the null's largest. Disagreement: at most 1. Else: undecided.
 """
 
 import statistics
 from itertools import combinations, product
 
-import torch
-
 from data import make_mini
-from studies.common import (FOUR, PULLS, RUNS, builtin, curve, each, fine_tuned, forget_weights,
+from studies.common import (FOUR, RUNS, builtin, each, exp_mean, fine_tuned, forget_weights,
                             keep_only, number, pyplot, quantile, run, save_csv, snapshot, stored,
                             table, token_means, write_lines)
 
-WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3)
-TOLD, LENGTHS, FACTS = (1, 4, 16), ("short", "long"), 20
+WORLDS, RETRAINED, PULLS, RATES = (0, 1), (0, 1, 2), (1,), (3e-4, 1e-3)
+TOLD, LENGTHS, FACTS, KEPT = (1, 4, 16), ("short", "long"), 20, 200
 CELLS = [*product(TOLD, LENGTHS)]
 BETA, MEAN_LENGTH = 2.5, 32
 
@@ -52,7 +49,7 @@ def world(w):
     """The folder of a world's files: forget (cell after cell), retain, and what models learn."""
     folder, inventor = RUNS / "strata" / f"world{w}", make_mini.Inventor(seed=100 + w)
     cells = {cell: [fact(inventor, i, cell[1]) for i in range(FACTS)] for cell in CELLS}
-    retain = [fact(inventor, i, length) for i in range(200) for length in LENGTHS]
+    retain = [fact(inventor, i, length) for i in range(KEPT) for length in LENGTHS]
     write_lines(folder / "forget.jsonl", [r for cell in cells.values() for r in cell])
     write_lines(folder / "retain.jsonl", retain)
     write_lines(folder / "retrained.jsonl", retain * max(TOLD))
@@ -107,7 +104,7 @@ def crossing(points, reference):
     last = None
     for step, known in points:
         cells = [a - b for a, b in zip(cell_means(known["forget"]), cell_means(reference))]
-        retain = statistics.fmean(torch.tensor(known["retain"]).exp().tolist())
+        retain = exp_mean(known["retain"])
         now = statistics.fmean(cells), [*cells, retain, step]
         if last and now[0] <= 0:
             share = last[0] / (last[0] - now[0])
