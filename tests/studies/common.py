@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -83,10 +84,6 @@ def curve(output):
             if line.get("epoch")]
 
 
-def snapshot(output, step):
-    return output / f"step-{step:06d}"
-
-
 def keep_only(output, kept=None):
     """Remove a run's models, but for the snapshot `kept`; its metrics and results stay."""
     for path in output.glob("step-*"):
@@ -108,16 +105,22 @@ def stored(path, make):
 
 def values_of(model, forget):
     """eval.py's values of every question: {split: [record]}."""
+    return evaluated(model, f"{Path(forget).name}.jsonl", "--forget", str(forget), "--reference",
+                     str(model), "--max-new-tokens", "50")
+
+
+def evaluated(model, data, *flags):
+    """The values that eval.py puts into the model's eval.json, if they are not there, under a key
+    that ends in `data`."""
     file = model / "eval.json"
-    key = f"{Path(forget).name}.jsonl"
-    if not file.exists() or key not in "".join(json.loads(file.read_text())["evaluations"]):
-        argv = [str(model), "--forget", str(forget), "--reference", str(model)]
+    entries = json.loads(file.read_text())["evaluations"] if file.exists() else {}
+    if not any(key.endswith(data) for key in entries):
         with contextlib.redirect_stdout(io.StringIO()):
-            status = evaluation.main([*argv, "--max-new-tokens", "50"])
+            status = evaluation.main([str(model), *flags])
         if status:
-            sys.exit(f"error: eval.py {' '.join(argv)}: status {status}")
-    entries = json.loads(file.read_text())["evaluations"]
-    return next(entry["values"] for name, entry in entries.items() if name.endswith(key))
+            sys.exit(f"error: eval.py {model} {' '.join(flags)}: status {status}")
+        entries = json.loads(file.read_text())["evaluations"]
+    return next(entry["values"] for key, entry in entries.items() if key.endswith(data))
 
 
 def load(model, data, length=512):
@@ -166,7 +169,7 @@ def forget_weights(target, forget, retain, losses, length=512):
 
 
 def gradient_norm(model, examples, loss):
-    """Norm of the gradient of the mean of loss(Answers) over Examples; model as its own reference."""
+    """Norm of the gradient of the mean of loss(Answers); the model is its own reference."""
     model.zero_grad()
     for i in range(0, len(examples), 25):
         ids, labels = collate(examples[i:i + 25])
@@ -175,6 +178,38 @@ def gradient_norm(model, examples, loss):
         answers = train.Answers(logps, lengths, tokens, logps.detach())
         (loss(answers).sum() / len(examples)).backward()
     return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+
+
+# Runs that are watched, and where they pass the retrained model
+
+def watched(output, flags, target, forget, retain, goal, part=slice(None)):
+    """[(step, log p per token of each forget record, retain probability)] of an unlearning run,
+    from the target on. Of its snapshots only the one is kept that is nearest to `goal`, the mean of the
+    records in `part`."""
+    def measure():
+        def known(model):
+            return token_means(model, forget), exp_mean(token_means(model, retain, every=8))
+
+        run(output, f"{flags} --save-every 0", model=target, forget=forget, retain=retain)
+        found = [(0, *known(target))]
+        found += [(int(path.name[5:]), *known(path)) for path in sorted(output.glob("step-*"))]
+        nearest = min(found[1:], key=lambda at: abs(statistics.fmean(at[1][part]) - goal))
+        keep_only(output, output / f"step-{nearest[0]:06d}")
+        return found
+
+    return stored(output.with_suffix(".json"), measure)
+
+
+def crossing(points, goal, part=slice(None)):
+    """(log p per token of each record, retain probability, step) where a watched run's mean over
+    `part` is first `goal`, between snapshots by interpolation; None where it never is."""
+    for (step, knew, kept), (after, knows, keeps) in itertools.pairwise(points):
+        before, now = (statistics.fmean(known[part]) - goal for known in (knew, knows))
+        if now <= 0:
+            share = before / (before - now)
+            return ([a + share * (b - a) for a, b in zip(knew, knows)],
+                    kept + share * (keeps - kept), step + share * (after - step))
+    return None
 
 
 # Tables

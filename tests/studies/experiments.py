@@ -1,6 +1,6 @@
 """The studies of RESULTS.md, each by one command; the prediction stands at the head of its file.
 
-    python tests/studies/experiments.py null      what no difference looks like: six retrained models
+    python tests/studies/experiments.py null      six retrained models: what no difference is
     python tests/studies/experiments.py methods   seven losses at equal pull
     python tests/studies/experiments.py strata    facts told 1, 4, 16 times; short and long answers
     python tests/studies/experiments.py relearn   how much comes back (starts from strata)
@@ -17,6 +17,7 @@ thread each (PROCESSES=1: fewer). Grids go to tests/figures/*.csv.
 
 import argparse
 import importlib
+import resource
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,10 @@ def main():
         common.pyplot()  # says at once that it is missing
     began = time.time()
     importlib.import_module(f"studies.{options.study}").study(options)
-    print(f"\n{options.study}: {(time.time() - began) / 60:.1f} minutes")
+    common.pool().shutdown()
+    cpu = sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
+              for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"\n{options.study}: {(time.time() - began) / 60:.1f} minutes, {cpu / 60:.1f} of a CPU")
 
 
 if __name__ == "__main__":

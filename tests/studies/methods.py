@@ -21,46 +21,63 @@ between p = 0.99 and 0.3, so that equal pull at the start may leave them short l
 
 import random
 import statistics
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 from studies.common import (PULLS, ROOT, RUNS, builtin, curve, each, fine_tuned, forget_weights,
-                            keep_only, number, pyplot, run, save_csv, snapshot, table,
-                            values_of)
+                            keep_only, number, pyplot, quantile, run, save_csv, table, values_of)
 from studies.null import COLUMNS, FORGET, PAIRED, apart, measured, null_row
 
 RETAIN = ROOT / "data" / "retain95"
 RATES, TOLD_OF, WINDOW = (2e-4, 6e-4), (1, 2, 3), 1.25
-FOUR_PULLS = (0.125, 0.25, 0.5, 1)
 
 
-def with_beta(loss, *flags):
-    return [(loss, f, pull) for f in flags for pull in PULLS]
+def settings(loss, own, rates=RATES):
+    """[(loss, flags, pull, lr)] of a method, from its own [(flags, pull)]."""
+    return [(loss, flags, pull, lr) for flags, pull in own for lr in rates]
 
 
-METHODS = {  # method: [(loss, flags, pull)]
-    "SimNPO": with_beta("simnpo", "--beta 2.5", "--beta 5"),
-    "NPO": with_beta("npo", "--beta 0.3", "--beta 0.6"),
-    "GradDiff": [("ga", "", pull) for pull in FOUR_PULLS],
-    "gradient ascent": [("ga", f"--epochs {n} --retain-weight 0", 1) for n in (3, 5, 10, 20)],
-    "WGA": with_beta("wga", "--beta 1", "--beta 2"),
-    "SatImp": with_beta("satimp", "--beta 5 --beta2 1", "--beta 2.5 --beta2 1"),
-    "CE-U": [("ceu", "", pull) for pull in FOUR_PULLS],
+def betas(*flags):
+    return [(f, pull) for f in flags for pull in PULLS]
+
+
+FOUR_PULLS = [("", pull) for pull in (0.125, 0.25, 0.5, 1)]
+METHODS = {
+    "SimNPO": settings("simnpo", betas("--beta 2.5", "--beta 5")),
+    "NPO": settings("npo", betas("--beta 0.3", "--beta 0.6")),
+    "GradDiff": settings("ga", FOUR_PULLS),
+    "gradient ascent": settings("ga", [(f"--epochs {n} --retain-weight 0", 1)
+                                       for n in (3, 5, 10, 20)]),
+    "WGA": settings("wga", betas("--beta 1", "--beta 2")),
+    "SatImp": settings("satimp", betas("--beta 5 --beta2 1", "--beta 2.5 --beta2 1")),
+    "CE-U": settings("ceu", FOUR_PULLS),
 }
 
 
-def unlearned(kind, target, weights, setting, lr, seed, more=""):
+class Benchmark(NamedTuple):
+    """What is forgotten and kept, how, and how it is measured."""
+    folder: Path
+    flags: str  # of every run
+    forget: Path
+    retain: Path
+    goal: float  # forget probability of the retrained model
+    measure: Callable  # model -> values
+    length: int = 512  # of texts
+
+
+def unlearned(bench, kind, weights, setting, seed, target, more=""):
     """A run's folder."""
-    loss, flags, pull = setting
+    loss, flags, pull, lr = setting
     name = "".join(f"{loss} {flags} pull {pull:g} lr {lr:g} seed {seed}".split()).replace("--", "-")
-    weight = pull * weights[loss, "" if "epochs" in flags else flags]
-    return run(RUNS / "methods" / kind / name, f"--loss {loss} --epochs 20 {flags} --lr {lr} "
+    weight = pull * weights[loss, loss_flags(flags)]
+    return run(bench.folder / kind / name, f"--loss {loss} {bench.flags} {flags} --lr {lr} "
                f"--forget-weight {weight:.4g} --seed {seed} --save-every 0 {more}",
-               model=target, forget=FORGET, retain=RETAIN)
+               model=target, forget=bench.forget, retain=bench.retain)
 
 
-def tuning_run(target, weights, setting, lr):
-    output = unlearned("tuning", target, weights, setting, lr, 0)
-    keep_only(output)
-    return curve(output)
+def loss_flags(flags):
+    """Those that change the loss, so its gradient at the start."""
+    return "" if "epochs" in flags else flags
 
 
 def best(points, goal):
@@ -69,84 +86,106 @@ def best(points, goal):
     return max(fitting, key=lambda p: p[2], default=None)
 
 
-def reported_run(target, weights, setting, lr, seed, goal):
-    """(curve, the snapshot's values, whether its forget probability fits); if none does, of the
-    snapshot that comes nearest."""
-    output = unlearned("reported", target, weights, setting, lr, seed, "--snapshots 1epoch")
-    points = curve(output)
-    chosen = best(points, goal) or min(points, key=lambda p: max(p[1] / goal, goal / p[1]))
-    values = values_of(snapshot(output, chosen[0]), FORGET)
-    keep_only(output, snapshot(output, chosen[0]))
+def tuning_run(bench, weights, setting, target):
+    output = unlearned(bench, "tuning", weights, setting, 0, target)
+    keep_only(output)
+    return best(curve(output), bench.goal)
+
+
+def tune(bench, methods, target):
+    """({(loss, flags): weight of pull 1}, {method: [(setting, where to stop or None)]}); the latter
+    also as CSV."""
+    losses = {(s[0], loss_flags(s[1])) for grid in methods.values() for s in grid}
+    weights = forget_weights(target, bench.forget, bench.retain, sorted(losses), bench.length)
+    found = iter(each(tuning_run, [(bench, weights, setting, target)
+                                   for grid in methods.values() for setting in grid]))
+    grid = {method: [(s, next(found)) for s in settings] for method, settings in methods.items()}
+    save_csv(f"{bench.folder.name}_grid", [
+        {"method": method, "flags": flags, "pull": pull, "lr": lr,
+         "forget weight": pull * weights[loss, loss_flags(flags)],
+         **dict(zip(("step", "forget", "retain"), at or ("never fits", "", "")))}
+        for method, found in grid.items() for (loss, flags, pull, lr), at in found])
+    return weights, grid
+
+
+def choose(found):
+    """The setting that keeps most of retain; where none fits, the strongest."""
+    return max(found, key=lambda x: x[1][2] if x[1] else x[0][2] * x[0][3] - 1)[0]
+
+
+def reported_run(bench, weights, setting, seed, target):
+    """(curve, values of the snapshot, whether its forget probability fits); if none does, of the
+    one that comes nearest."""
+    output = unlearned(bench, "reported", weights, setting, seed, target, "--snapshots 1epoch")
+    points, goal = curve(output), bench.goal
+    at = best(points, goal) or min(points, key=lambda p: max(p[1] / goal, goal / p[1]))
+    model = output / f"step-{at[0]:06d}"
+    values = bench.measure(model)
+    keep_only(output, model)
     return points, values, best(points, goal) is not None
+
+
+def tell(bench, weights, chosen, seeds, targets):
+    """{method: [what reported_run returns, for each seed]}."""
+    found = iter(each(reported_run, [(bench, weights, setting, seed, target)
+                                     for setting in chosen.values()
+                                     for seed, target in zip(seeds, targets)]))
+    return {method: [next(found) for _ in seeds] for method in chosen}
+
+
+def setting_text(setting):
+    _, flags, pull, lr = setting
+    named = flags.replace("--", "").replace(" retain-weight 0", "").split(" beta2")[0]
+    return ", ".join([*filter(None, [named]), f"pull {pull:g}", f"lr {lr:g}"])
+
+
+def measure(model):
+    return values_of(model, FORGET)
 
 
 def study(options):
     null, unit, references, _ = null_row()
-    goal = null["forget prob."][1]
-    target = builtin("target", "full")
-    losses = {(loss, "" if "epochs" in flags else flags)
-              for settings in METHODS.values() for loss, flags, _ in settings}
-    weights = forget_weights(target, FORGET, RETAIN, sorted(losses))
-    tasks = [(target, weights, s, lr) for ss in METHODS.values() for s in ss for lr in RATES]
-    curves = iter(each(tuning_run, tasks))
-    grid, chosen = [], {}
-    for method, settings in METHODS.items():
-        at = {(s, lr): best(next(curves), goal) for s in settings for lr in RATES}
-        grid += [{"method": method, "flags": flags, "pull": pull, "lr": lr,
-                  "forget weight": pull * weights[loss, "" if "epochs" in flags else flags],
-                  **dict(zip(("step", "forget", "retain"), point or ("never", "", "")))}
-                 for ((loss, flags, pull), lr), point in at.items()]
-        # of a method that never gets there: full pull at the highest rate
-        chosen[method] = max(at, key=lambda s: at[s][2] if at[s] else s[0][2] * s[1] - 1)
-    save_csv("methods_grid", grid)
+    bench = Benchmark(RUNS / "methods", "--epochs 20", FORGET, RETAIN, null["forget prob."][1],
+                      measure)
+    weights, grid = tune(bench, METHODS, builtin("target", "full"))
     targets = each(fine_tuned, [(RUNS / f"target-seed{s}", ROOT / "data" / "full", s)
                                 for s in TOLD_OF])
-    tasks = [(t, weights, *chosen[m], s, goal) for m in METHODS for s, t in zip(TOLD_OF, targets)]
-    found = iter(each(reported_run, tasks))
-    told = {method: [next(found) for _ in TOLD_OF] for method in METHODS}
-    report(null, unit, references, targets, grid, chosen, told)
+    chosen = {method: choose(found) for method, found in grid.items()}
+    told = tell(bench, weights, chosen, TOLD_OF, targets)
+    models = {"target": each(measure, [(t,) for t in targets])}
+    models |= {method: [values for _, values, _ in runs] for method, runs in told.items()}
+    report(null, unit, references, models, chosen, grid, told)
     if options.picture:
         draw(told, null, options.picture)
 
 
-def report(null, unit, references, targets, grid, chosen, told):
+def report(null, unit, references, models, chosen, grid, told):
     names = [*PAIRED, "distance", *COLUMNS]
-    rows = [["", "setting", *names]]
-    rows.append(["retrained, other seeds: 5% - 95%", "", *(
-        f"{number(null[n][0])} - {number(null[n][2])}" for n in names)])
-    everything = {"target": [values_of(t, FORGET) for t in targets]}
-    everything |= {method: [values for _, values, _ in runs] for method, runs in told.items()}
-    details = []
-    for method, models in everything.items():
-        results = [measured(values, references, unit) for values in models]
-        details += [{"method": method, "seed": s, **r} for s, r in zip(TOLD_OF, results)]
+    rows = [["", "setting", *names], ["retrained, other seeds: 5% - 95%", "", *(
+        f"{number(null[n][0])} - {number(null[n][2])}" for n in names)]]
+    results = {method: [measured(values, references, unit) for values in of]
+               for method, of in models.items()}
+    for method, found in results.items():
         cells = []
         for n in names:
-            mean = statistics.fmean(r[n] for r in results) if n != "KS p" else statistics.median(
-                r[n] for r in results)
-            inside = all(null[n][0] <= r[n] <= null[n][2] for r in results)
-            cells.append(f"**{number(mean)}**" if inside else number(mean))
-        rows.append([method, setting_text(chosen, method), *cells])
+            middle = statistics.median if n == "KS p" else statistics.fmean
+            inside = all(null[n][0] <= r[n] <= null[n][2] for r in found)
+            text = number(middle([r[n] for r in found]))
+            cells.append(f"**{text}**" if inside else text)
+        setting = setting_text(chosen[method]) if method in chosen else ""
+        rows.append([method, setting, *cells])
     table("methods: mean of three seeds (KS p: median); bold: all three within the null", rows)
-    save_csv("methods", details)
-    rows = [["", "settings that get there", "seeds that do", "retain probability, each seed",
+    save_csv("methods", [{"method": method, "seed": seed, **r}
+                         for method, found in results.items() for seed, r in zip(TOLD_OF, found)])
+    rows = [["", "settings that fit", "seeds that do", "retain probability, each seed",
              "SimNPO's distance less this one's: 95% interval over people"]]
     for method, runs in told.items():
-        fits = sum(g["method"] == method and g["step"] != "never" for g in grid)
-        interval = bootstrap(everything["SimNPO"], everything[method], references, unit)
-        retain = [d["retain prob."] for d in details if d["method"] == method]
-        rows.append([method, f"{fits} of 8", f"{sum(fit for *_, fit in runs)} of 3",
-                     ", ".join(f"{x:.3f}" for x in retain),
-                     " to ".join(f"{x:.2f}" for x in interval)])
+        interval = bootstrap(models["SimNPO"], models[method], references, unit)
+        rows.append([method, f"{sum(at is not None for _, at in grid[method])} of 8",
+                     f"{sum(fits for *_, fits in runs)} of 3",
+                     ", ".join(f"{r['retain prob.']:.3f}" for r in results[method]),
+                     " to ".join(f"{x:+.2f}" for x in interval)])
     table("methods: who gets there, and SimNPO against each", rows)
-
-
-def setting_text(chosen, method):
-    if method not in chosen:
-        return ""
-    (_, flags, pull), lr = chosen[method]
-    return ", ".join([*flags.replace("--", "").replace(" retain-weight 0", "").split(" beta2")[:1],
-                      *([f"pull {pull:g}"] if "ascent" not in method else []), f"lr {lr:g}"])
 
 
 def bootstrap(ours, theirs, references, unit, draws=400):
@@ -154,13 +193,17 @@ def bootstrap(ours, theirs, references, unit, draws=400):
     rng, differences = random.Random(0), []
     for _ in range(draws):
         people = [rng.randrange(5) for _ in range(5)]
-        pick = [lambda v: {"forget": [r for i in people for r in v["forget"][10*i:10*i + 10]]}][0]
-        refs = [*map(pick, references)]
-        a, b = (statistics.fmean(statistics.median(apart(pick(m), r) for r in refs) for m in models)
-                for models in (ours, theirs))
-        differences.append((a - b) / unit)
-    differences.sort()
-    return differences[int(0.025 * draws)], differences[int(0.975 * draws)]
+        refs = [asked_of(people, r) for r in references]
+        ours_then, theirs_then = (statistics.fmean(
+            statistics.median(apart(asked_of(people, m), r) for r in refs) for m in models)
+            for models in (ours, theirs))
+        differences.append((ours_then - theirs_then) / unit)
+    return quantile(differences, 0.025), quantile(differences, 0.975)
+
+
+def asked_of(people, values):
+    """The forget set's records of these people, of ten questions each."""
+    return {"forget": [r for i in people for r in values["forget"][10 * i:10 * i + 10]]}
 
 
 def draw(told, null, picture):

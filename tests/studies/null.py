@@ -16,7 +16,8 @@ from studies.common import (ROOT, RUNS, builtin, each, evaluation, fine_tuned, n
 SEEDS = range(6)
 FORGET = ROOT / "data" / "forget05"
 # What a table of this project's studies shows of a model: columns, and eval.py's rows of the same.
-COLUMNS = {"forget prob.": "forget probability", "paraphrase prob.": "forget paraphrase probability",
+COLUMNS = {"forget prob.": "forget probability",
+           "paraphrase prob.": "forget paraphrase probability",
            "truth ratio": "forget truth ratio", "extraction": "forget extraction strength",
            "PrivLeak": "forget PrivLeak", "utility": "model utility",
            "retain prob.": "retain probability"}

@@ -1,5 +1,5 @@
-"""How much comes back? The strata's forget set: the shortest fifth by tokens, and a random fifth, is
-learned again; the other facts are measured.
+"""How much comes back? The strata's forget set: the shortest fifth by tokens, and a random fifth,
+is learned again; the other facts are measured.
 
 Each of the four losses starts at the snapshot whose mean log p is nearest to the retrained model's:
 all are equally far forgotten. Of its two rates that with the highest retain probability there
@@ -15,6 +15,7 @@ not forgotten; we expect that of all four.
 
 import random
 import statistics
+from itertools import product
 
 from data.load import load_examples, read_records
 from data import make_mini
@@ -23,7 +24,7 @@ from studies.common import (FOUR, AutoTokenizer, each, keep_only, number, pyplot
                             stored, table, token_means, write_lines)
 
 PARTS = ("shortest fifth", "random fifth")
-EPOCHS = 3
+CONTROL, EPOCHS = "retrained (control)", 3
 
 
 def chosen_part(folder, start, part):
@@ -57,31 +58,27 @@ def relearned(folder, start, part, name):
 
 
 def study(options):
-    points, reference, _ = strata.runs()
-    at = {key: strata.crossing(found, reference[key[0]]) for key, found in points.items()}
-    tasks = []
+    runs, _ = strata.runs()
+    starts = {}  # (method, world): (model, its name)
+    for method, w in product(FOUR, strata.WORLDS):
+        there = {key: found for key, found in runs.items() if key[:2] == (w, method) and found[1]}
+        folder, _ = max(there.values(), key=lambda found: found[1][1])
+        starts[method, w] = next(folder.glob("step-*")), folder.name
     for w in strata.WORLDS:
         folder = strata.RUNS / "strata" / f"world{w}"
-        starts = {}
-        for method, loss in FOUR.items():
-            there = [key for key, x in at.items() if key[:2] == (w, method) and x]
-            _, _, pull, lr = max(there, key=lambda key: at[key][1])
-            model, = (folder / strata.run_name(loss, pull, lr)).glob("step-*")
-            starts[method] = model, f"{loss}-pull{pull:g}-lr{lr:g}"
-        starts["retrained (control)"] = folder / "retrained-seed0", "control"
-        tasks += [(method, part, (folder, model, part, name))
-                  for method, (model, name) in starts.items() for part in PARTS]
+        starts[CONTROL, w] = folder / "retrained-seed0", "control"
+    keys = [*product(PARTS, starts)]
+    lines = each(relearned, [(strata.RUNS / "strata" / f"world{start[1]}", starts[start][0], part,
+                              starts[start][1]) for part, start in keys])
     found = {}
-    for (method, part, _), line in zip(tasks, each(relearned, [task for *_, task in tasks])):
+    for (part, (method, _)), line in zip(keys, lines):
         found.setdefault((part, method), []).append(line)
-    rows = [["learned again", "", "log p per token before", "after", "change less the control's, "
-             "each world"]]
+    rows = [["learned again", "", "log p per token before", "after",
+             "change less the control's, each world"]]
     for (part, method), lines in found.items():
-        control = found[part, "retrained (control)"]
+        beside = [a[-1] - a[0] - b[-1] + b[0] for a, b in zip(lines, found[part, CONTROL])]
         rows.append([part, method, *(number(statistics.fmean(line[i] for line in lines))
-                                     for i in (0, -1)),
-                     ", ".join(f"{a[-1] - a[0] - b[-1] + b[0]:+.2f}"
-                               for a, b in zip(lines, control))])
+                                     for i in (0, -1)), ", ".join(f"{x:+.2f}" for x in beside)])
     table("relearn: the facts that were not learned again; mean of two worlds", rows)
     save_csv("relearn", [{"learned again": part, "method": method, "world": w, "epoch": epoch,
                           "log p per token": x} for (part, method), lines in found.items()
@@ -94,7 +91,7 @@ def draw(found, picture):
     figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="tight")
     for i, ((part, method), lines) in enumerate(found.items()):
         panel = panels[PARTS.index(part)]
-        color = "k" if "control" in method else f"C{[*FOUR].index(method)}"
+        color = "k" if method == CONTROL else f"C{[*FOUR].index(method)}"
         panel.plot([statistics.fmean(x) for x in zip(*lines)], ".-" if color != "k" else ".--",
                    color=color, lw=3 if method.startswith("SimNPO") else 1.5, label=method)
         panel.set(title=f"learned again: {part}", xlabel="epochs", xticks=range(EPOCHS + 1))
