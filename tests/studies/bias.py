@@ -3,8 +3,8 @@ all of whose facts the target knows by heart, and 50 facts about five people who
 
 {with, without a reference} x {sum, mean over tokens}, as in strata; beta 2.5 of a mean, 0.3 of a
 sum (answers of 8 tokens). Pull 1, rates 2e-4 and 6e-4, three targets (the seeds of methods).
-Outcome: the never-learned half at the first moment where the learned half's mean log p is that of retrained
-models (between snapshots by interpolation).
+Outcome: the never-learned half at the first moment where the learned half's mean log p is that of
+retrained models (between snapshots by interpolation).
 
 Prediction, written before it was run. The paper: a reference makes NPO spend its power on what was
 never learned. Agreement: when the learned half is as improbable as for retrained models, the

@@ -184,8 +184,8 @@ def gradient_norm(model, examples, loss):
 
 def watched(output, flags, target, forget, retain, goal, part=slice(None)):
     """[(step, log p per token of each forget record, retain probability)] of an unlearning run,
-    from the target on. Of its snapshots only the one is kept that is nearest to `goal`, the mean of the
-    records in `part`."""
+    from the target on. Of its snapshots only the one is kept that is nearest to `goal`, the mean
+    of the records in `part`."""
     def measure():
         def known(model):
             return token_means(model, forget), exp_mean(token_means(model, retain, every=8))
