@@ -2,7 +2,7 @@
 with answers of about 8 or about 54 tokens, 20 facts a cell, all to be forgotten at once.
 
 {with, without a reference} x {sum, mean over tokens}: NPO, SimNPO and the two between. Beta times
-length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 1, rates 3e-4 and
+length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 1, rates 5e-4 and
 1e-3, two worlds (other people each) with a target and three retrained models of their own.
 Each fact is about a person of its own; the retain set has 200 more facts, all told 16 times.
 
@@ -28,7 +28,7 @@ from data import make_mini
 from studies.common import (FOUR, RUNS, builtin, crossing, each, fine_tuned, forget_weights, number,
                             pyplot, quantile, save_csv, table, token_means, watched, write_lines)
 
-WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (3e-4, 1e-3)
+WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3)
 TOLD, LENGTHS, FACTS, KEPT = (1, 4, 16), ("short", "long"), 20, 200
 CELLS = [*product(TOLD, LENGTHS)]
 NAMES = [f"told {times}, {length}" for times, length in CELLS]
@@ -61,7 +61,7 @@ def world(w):
 def learned(folder, name, seed):
     """A model that reads its file once, in random order: what stands there n times n times."""
     return fine_tuned(folder / f"{name}-seed{seed}", folder / f"{name}.jsonl", seed,
-                      "--epochs 1 --warmup-epochs 0.06")
+                      "--lr 1e-3 --epochs 1 --warmup-epochs 0.06")
 
 
 def models():
@@ -84,7 +84,7 @@ def runs():
         weights = forget_weights(target, forget, retain, losses)
         goals[w] = statistics.fmean(x for model in known[w][1:] for x in model)
         for (method, loss), lr in product(FOUR.items(), RATES):
-            flags = (f"--loss {loss} --beta {BETAS[loss]} --lr {lr} --epochs 10 --snapshots 2 "
+            flags = (f"--loss {loss} --beta {BETAS[loss]} --lr {lr} --epochs 6 --snapshots 2 "
                      f"--forget-weight {weights[loss, f'--beta {BETAS[loss]}']:.4g}")
             tasks[w, method, lr] = (folder / f"{loss}-lr{lr:g}", flags, target, forget, retain,
                                     goals[w])
