@@ -43,7 +43,7 @@ def study(options):
     goal = statistics.fmean(x for known in null for x in known[LEARNED])
     keys = [*product(FOUR, RATES, zip(TOLD_OF, targets))]
     found = each(watched, [
-        (FOLDER / f"{FOUR[method]}-lr{lr:g}-seed{seed}", f"--loss {FOUR[method]} --beta "
+        (FOLDER / f"{FOUR[method]}-lr{lr:.0e}-seed{seed}", f"--loss {FOUR[method]} --beta "
          f"{BETAS[FOUR[method]]} --lr {lr} --seed {seed} --epochs 8 --snapshots 2 --forget-weight "
          f"{weights[FOUR[method], f'--beta {BETAS[FOUR[method]]}']:.4g}", target, MIXED, RETAIN,
          goal, LEARNED) for method, lr, (seed, target) in keys])

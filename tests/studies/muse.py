@@ -16,15 +16,15 @@ from pathlib import Path
 
 from studies.common import (ROOT, RUNS, builtin, each, evaluated, evaluation, exp_mean, number,
                             pyplot, run, save_csv, spread, table, token_means)
-from studies.methods import Benchmark, betas, choose, setting_text, settings, tell, tune
+from studies.methods import Benchmark, choose, setting_text, settings, tell, tune
 
 TEXTS, FOLDER = ROOT / "data" / "muse_mini", RUNS / "muse"
 LEARN = "--max-length 160 --batch-size 8 --epochs 6 --lr 2e-3 --save-every 0"
 FORGET = "--max-length 160 --batch-size 8 --epochs 4 --schedule constant"
 RATES, TOLD_OF = (2e-4, 5e-4), (2, 3, 4)
-METHODS = {"SimNPO": settings("simnpo", betas("--beta 0.7"), RATES),
-           "NPO": settings("npo", betas(f"--beta {0.7 / 160}"), RATES),
-           "GradDiff": settings("ga", betas(""), RATES)}
+METHODS = {"SimNPO": settings("simnpo", "--beta 0.7", RATES),
+           "NPO": settings("npo", f"--beta {0.7 / 160}", RATES),
+           "GradDiff": settings("ga", "", RATES)}
 ROWS = ("VerbMem forget", "KnowMem forget", "KnowMem retain", "PrivLeak", "extraction strength")
 
 

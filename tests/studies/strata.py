@@ -2,9 +2,10 @@
 with answers of about 8 or about 54 tokens, 20 facts a cell, all to be forgotten at once.
 
 {with, without a reference} x {sum, mean over tokens}: NPO, SimNPO and the two between. Beta times
-length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 1, rates 5e-4 and
-1e-3, two worlds (other people each) with a target and three retrained models of their own.
-Each fact is about a person of its own; the retain set has 200 more facts, all told 16 times.
+length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 8: with 1, tried
+first in one world, none of eight runs got there. Rates 5e-4 and 1e-3; two worlds (other people
+each) with a target and three retrained models of their own. Each fact is about a person of its own;
+the retain set has 200 more facts, all told 16 times.
 
 Outcome. log p per token of the unlearned model less that of the retrained ones, mean of each cell,
 at the first moment where the mean over the six cells is 0 (between snapshots every two steps by
@@ -29,6 +30,7 @@ from studies.common import (FOUR, RUNS, builtin, crossing, each, fine_tuned, for
                             pyplot, quantile, save_csv, table, token_means, watched, write_lines)
 
 WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3)
+PULL = 8  # with 1 no run got as far as the retrained models in these steps
 TOLD, LENGTHS, FACTS, KEPT = (1, 4, 16), ("short", "long"), 20, 200
 CELLS = [*product(TOLD, LENGTHS)]
 NAMES = [f"told {times}, {length}" for times, length in CELLS]
@@ -85,8 +87,8 @@ def runs():
         goals[w] = statistics.fmean(x for model in known[w][1:] for x in model)
         for (method, loss), lr in product(FOUR.items(), RATES):
             flags = (f"--loss {loss} --beta {BETAS[loss]} --lr {lr} --epochs 6 --snapshots 2 "
-                     f"--forget-weight {weights[loss, f'--beta {BETAS[loss]}']:.4g}")
-            tasks[w, method, lr] = (folder / f"{loss}-lr{lr:g}", flags, target, forget, retain,
+                     f"--forget-weight {PULL * weights[loss, f'--beta {BETAS[loss]}']:.4g}")
+            tasks[w, method, lr] = (folder / f"{loss}-lr{lr:.0e}", flags, target, forget, retain,
                                     goals[w])
     points = each(watched, [*tasks.values()])
     return {key: (task[0], crossing(found, goals[key[0]]))
