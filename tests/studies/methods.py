@@ -2,9 +2,9 @@
 
 Each has four settings: the pulls 1/4 and 1 x two rates. Gradient ascent has no retain term, so
 AdamW takes any weight alike: it has two lengths of the schedule instead. Betas are not tuned: WGA's
-and SatImp's are those of their papers, SimNPO's is forget05's. Pull is the norm of the weighted forget
-gradient over the retain gradient's at the target (common.forget_weights). NPO's beta is SimNPO's
-over 8, the tokens of an answer. Chosen, without p-values, on seed 0: of the snapshots (one an
+and SatImp's are those of their papers, SimNPO's is forget05's, NPO's that over 8, the tokens of an
+answer. Pull is the norm of the weighted forget gradient over the retain gradient's at the target
+(common.forget_weights). Chosen, without p-values, on seed 0: of the snapshots (one an
 epoch) with a forget probability within a factor of 1.25 of the retrained models' that with the
 highest retain probability. Told of seeds 1 - 3, each with a target of its own; there the same rule
 chooses the snapshot, so that models of equal forget probability are compared.

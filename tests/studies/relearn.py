@@ -2,7 +2,7 @@
 is learned again; the other facts are measured.
 
 Each of the four losses starts at the snapshot whose mean log p is nearest to the retrained model's:
-all are equally far forgotten. Of its two rates that with the highest retain probability there
+all are equally far forgotten. Of its rates that with the highest retain probability there
 is taken, in each world. Control: a retrained model, which never knew the other facts. Three epochs,
 batch 4, lr 5e-4, constant.
 

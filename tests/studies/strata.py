@@ -3,9 +3,10 @@ with answers of about 8 or about 54 tokens, 20 facts a cell, all to be forgotten
 
 {with, without a reference} x {sum, mean over tokens}: NPO, SimNPO and the two between. Beta times
 length is matched: 2.5 of a mean, 2.5/32 of a sum, 32 being the mean length. Pull 8: with 1, tried
-first in one world, none of eight runs got there. Rates 5e-4 and 1e-3; two worlds (other people
-each) with a target and three retrained models of their own. Each fact is about a person of its own;
-the retain set has 200 more facts, all told 16 times.
+first in one world, none of eight runs got there. Rates 5e-4 and 1e-3, and 2e-3,
+added when half of the runs at 5e-4 had not got there; two worlds (other people each) with a target
+and three retrained models of their own. Each fact is about a person of its own; the retain set has
+200 more facts, all told 16 times.
 
 Outcome. log p per token of the unlearned model less that of the retrained ones, mean of each cell,
 at the first moment where the mean over the six cells is 0 (between snapshots every two steps by
@@ -18,8 +19,8 @@ that were hardly learned, and a sum over tokens treats lengths unequally. So
   B  the cells told once come out lower with a reference than without, and below 0 with it;
   C  short and long answers differ more (in size, mean over how often told) with sums than means.
 Each is one comparison per other ingredient (A and B: sum, mean; C: with, without reference), rate
-and world: 8 in all. Agreement: at least 7 of 8 (or seven eighths of those that reach the crossing),
-and a mean difference beyond the null's largest. Disagreement: at most 1. Else: undecided.
+and world. Agreement: at least seven eighths of those that reach the crossing, and a mean difference
+beyond the null's largest. Disagreement: at most one eighth. Else: undecided.
 """
 
 import statistics
@@ -29,7 +30,7 @@ from data import make_mini
 from studies.common import (FOUR, RUNS, builtin, crossing, each, fine_tuned, forget_weights, number,
                             pyplot, quantile, save_csv, table, token_means, watched, write_lines)
 
-WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3)
+WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3, 2e-3)
 PULL = 8  # with 1 no run got as far as the retrained models in these steps
 TOLD, LENGTHS, FACTS, KEPT = (1, 4, 16), ("short", "long"), 20, 200
 CELLS = [*product(TOLD, LENGTHS)]
