@@ -18,7 +18,7 @@ from itertools import product
 
 from data import make_mini
 from data.load import read_records
-from studies.common import (FOUR, ROOT, RUNS, builtin, crossing, each, exp_mean, fine_tuned,
+from studies.common import (FOUR, ROOT, RUNS, STYLES, builtin, crossing, each, exp_mean, fine_tuned,
                             forget_weights, pyplot, quantile, save_csv, spread, table, token_means,
                             watched, write_lines)
 from studies.methods import RATES, RETAIN, TOLD_OF
@@ -77,7 +77,7 @@ def draw(told, before, picture):
     figure, panel = pyplot().subplots(figsize=(8, 3.4), layout="tight")
     for i, method in enumerate(FOUR):
         values = [x["never learned"] for x in told if x["method"] == method]
-        panel.barh(i, statistics.fmean(values), color=f"C{i}", alpha=0.8)
+        panel.barh(i, statistics.fmean(values), color=STYLES[method]["color"], alpha=0.8)
         panel.plot(values, [i] * len(values), "k.", ms=5)
     panel.axvline(before, color="k", ls="--")
     panel.text(before, -0.75, "before unlearning", ha="center", fontsize=10)

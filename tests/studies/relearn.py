@@ -20,8 +20,8 @@ from itertools import product
 from data.load import load_examples, read_records
 from data import make_mini
 from studies import strata
-from studies.common import (FOUR, AutoTokenizer, each, keep_only, number, pyplot, run, save_csv,
-                            stored, table, token_means, write_lines)
+from studies.common import (FOUR, STYLES, AutoTokenizer, each, keep_only, number, pyplot, run,
+                            save_csv, stored, table, token_means, write_lines)
 
 PARTS = ("shortest fifth", "random fifth")
 CONTROL, EPOCHS = "retrained (control)", 3
@@ -62,7 +62,7 @@ def study(options):
     starts = {}  # (method, world): (model, its name)
     for method, w in product(FOUR, strata.WORLDS):
         there = {key: found for key, found in runs.items() if key[:2] == (w, method) and found[1]}
-        folder, _ = max(there.values(), key=lambda found: found[1][1])
+        folder, _, _ = max(there.values(), key=lambda found: found[1][1])
         starts[method, w] = next(folder.glob("step-*")), folder.name
     for w in strata.WORLDS:
         folder = strata.RUNS / "strata" / f"world{w}"
@@ -89,11 +89,10 @@ def study(options):
 
 def draw(found, picture):
     figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="tight")
-    for i, ((part, method), lines) in enumerate(found.items()):
+    for (part, method), lines in found.items():
         panel = panels[PARTS.index(part)]
-        color = "k" if method == CONTROL else f"C{[*FOUR].index(method)}"
-        panel.plot([statistics.fmean(x) for x in zip(*lines)], ".-" if color != "k" else ".--",
-                   color=color, lw=3 if method.startswith("SimNPO") else 1.5, label=method)
+        style = STYLES.get(method, {"color": "k", "ls": "--"})
+        panel.plot([statistics.fmean(x) for x in zip(*lines)], marker=".", **style, label=method)
         panel.set(title=f"learned again: {part}", xlabel="epochs", xticks=range(EPOCHS + 1))
     panels[0].set_ylabel("log p per token of the other facts")
     panels[0].legend(fontsize=9, frameon=False)

@@ -27,8 +27,9 @@ import statistics
 from itertools import combinations, product
 
 from data import make_mini
-from studies.common import (FOUR, RUNS, builtin, crossing, each, fine_tuned, forget_weights, number,
-                            pyplot, quantile, save_csv, table, token_means, watched, write_lines)
+from studies.common import (FOUR, RUNS, STYLES, builtin, crossing, each, fine_tuned,
+                            forget_weights, number, pyplot, quantile, save_csv, table, token_means,
+                            watched, write_lines)
 
 WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3, 2e-3)
 PULL = 8  # with 1 no run got as far as the retrained models in these steps
@@ -78,7 +79,8 @@ def models():
 
 
 def runs():
-    """{(world, method, rate): (the run's folder, where it crosses)}, and what models() knows."""
+    """{(world, method, rate): (the run's folder, where it crosses, (mean log p less the retrained
+    model's, retain probability) at its end)}, and what models() knows."""
     folders, known = models()
     losses, goals, tasks = [(loss, f"--beta {beta}") for loss, beta in BETAS.items()], {}, {}
     for w, folder in folders.items():
@@ -92,7 +94,8 @@ def runs():
             tasks[w, method, lr] = (folder / f"{loss}-lr{lr:.0e}", flags, target, forget, retain,
                                     goals[w])
     points = each(watched, [*tasks.values()])
-    return {key: (task[0], crossing(found, goals[key[0]]))
+    return {key: (task[0], crossing(found, goals[key[0]]),
+                  (statistics.fmean(found[-1][1]) - goals[key[0]], found[-1][2]))
             for (key, task), found in zip(tasks.items(), points)}, known
 
 
@@ -110,7 +113,7 @@ def study(options):
     found, known = runs()
     retrained = {w: [statistics.fmean(x) for x in zip(*known[w][1:])] for w in WORLDS}
     null = [beside(*pair) for w in WORLDS for pair in combinations(known[w][1:], 2)]
-    at = {key: (beside(x[0], retrained[key[0]]), *x[1:]) for key, (_, x) in found.items() if x}
+    at = {key: (beside(x[0], retrained[key[0]]), *x[1:]) for key, (_, x, _) in found.items() if x}
     rows = [["log p per token", *NAMES]]
     for label, pick in (("target", lambda w: known[w][0]), ("retrained", retrained.get)):
         cells = zip(*(cell_means(pick(w)) for w in WORLDS))
@@ -118,22 +121,28 @@ def study(options):
     table("strata: what is known before", rows)
     spreads = [statistics.pstdev(cells) for cells in null]
     sides = [(quantile(x, 0.05), quantile(x, 0.95)) for x in zip(*null)]
-    rows = [["", "crossings", "spread: mean (range)", *NAMES, "retain prob. there"],
+    rows = [["", "crossings", "spread: mean (range)", *NAMES, "retain prob. there",
+             "at the end: mean, retain"],
             ["retrained, other seeds: 5% - 95%", "",
              f"{quantile(spreads, 0.05):.2f} - {quantile(spreads, 0.95):.2f}",
-             *(f"{a:+.2f} to {b:+.2f}" for a, b in sides), ""]]
+             *(f"{a:+.2f} to {b:+.2f}" for a, b in sides), "", ""]]
     for method in FOUR:
         there = [x for key, x in at.items() if key[1] == method]
         spreads = [statistics.pstdev(cells) for cells, *_ in there]
         rows.append([method, f"{len(there)} of {len(WORLDS) * len(RATES)}",
                      f"{statistics.fmean(spreads):.2f} ({min(spreads):.2f} - {max(spreads):.2f})",
                      *(f"{statistics.fmean(x):+.2f}" for x in zip(*(c for c, *_ in there))),
-                     number(statistics.fmean(retain for _, retain, _ in there))])
+                     number(statistics.fmean(retain for _, retain, _ in there)),
+                     ", ".join(number(statistics.fmean(x)) for x in zip(*(
+                         end for key, (_, _, end) in found.items() if key[1] == method)))])
     table("strata: log p per token less the retrained model's, where its mean is 0", rows)
     judge(at, null)
-    save_csv("strata", [{"world": w, "method": method, "lr": lr, **dict(zip(NAMES, cells)),
-                         "spread": statistics.pstdev(cells), "retain": retain, "step": step}
-                        for (w, method, lr), (cells, retain, step) in at.items()])
+    save_csv("strata", [
+        {"world": w, "method": method, "lr": lr, **dict(zip(NAMES, cells)),
+         "spread": statistics.pstdev(cells) if step else "never", "retain": retain, "step": step,
+         "end: mean": found[w, method, lr][2][0], "end: retain": found[w, method, lr][2][1]}
+        for w, method, lr in found
+        for cells, retain, step in [at.get((w, method, lr), ([""] * 6, "", ""))]])
     if options.picture:
         draw(at, sides, options.picture)
 
@@ -166,16 +175,21 @@ def judge(at, null):
 
 def draw(at, sides, picture):
     """Cells by how often told, a panel a length, a line a method: mean over all runs."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="tight")
+    figure, panels = pyplot().subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="tight",
+                                       width_ratios=(3, 2))
     for j, (length, panel) in enumerate(zip(LENGTHS, panels)):
         panel.axhline(0, color="k", lw=1)
         panel.fill_between(range(3), *zip(*sides[j::2]), color="0.9")
-        for i, method in enumerate(FOUR):
+        for method, style in STYLES.items():
             there = [x[0][j::2] for key, x in at.items() if key[1] == method]
-            panel.plot(range(3), [statistics.fmean(x) for x in zip(*there)], "o-", color=f"C{i}",
-                       lw=3 if method.startswith("SimNPO") else 1.5, label=method)
-        panel.set(title=f"{length} answers", xticks=range(3), xlabel="told in fine-tuning")
+            y = [statistics.fmean(x) for x in zip(*there)]
+            panel.plot(range(3), y, "o-", **style)
+            if not j:
+                panel.text(2.12, y[-1], method.replace(" (", "\n("), va="center", fontsize=10,
+                           color=style["color"])
+        panel.set(title=f"{length} answers, told in fine-tuning", xticks=range(3),
+                  xlim=(-0.2, 2.2 + 1.3 * (not j)))
         panel.set_xticklabels(["once", "4 times", "16 times"])
-    panels[0].set_ylabel("log p per token less the\nretrained model's (0: as it should be)")
-    panels[1].legend(fontsize=9, frameon=False)
+    panels[0].set_ylabel("too much forgotten  ←  0  →  too little\n(log p per token less the "
+                         "retrained model's)")
     figure.savefig(picture, dpi=110)
