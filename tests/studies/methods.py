@@ -1,9 +1,10 @@
 """Seven losses at equal pull: how near to a retrained model do they come, and at what price?
 
-Each has four settings: the pulls 1/4 and 1 x two rates. Gradient ascent has no retain term, so
-AdamW takes any weight alike: it has two lengths of the schedule instead. Betas are not tuned: WGA's
-and SatImp's are those of their papers, SimNPO's is forget05's, NPO's that over 8, the tokens of an
-answer. Pull is the norm of the weighted forget gradient over the retain gradient's at the target
+Each has eight settings: two rates x four of its own. With a beta: two betas x the pulls 1/4 and 1
+(SimNPO's are forget05's and twice that, NPO's the same over 8, the tokens of an answer); without
+one: four pulls. Gradient ascent has no retain term, so AdamW takes any weight alike: it has four
+lengths of the schedule instead. CE-U's larger pulls were added when it did not get there with 1.
+Pull is the norm of the weighted forget gradient over the retain gradient's at the target
 (common.forget_weights). Chosen, without p-values, on seed 0: of the snapshots (one an
 epoch) with a forget probability within a factor of 1.25 of the retrained models' that with the
 highest retain probability. Told of seeds 1 - 3, each with a target of its own; there the same rule
@@ -32,20 +33,20 @@ RETAIN = ROOT / "data" / "retain95"
 RATES, TOLD_OF, WINDOW = (2e-4, 6e-4), (1, 2, 3), 1.25
 
 
-def settings(loss, flags="", rates=RATES):
+def settings(loss, *flags, pulls=PULLS, rates=RATES):
     """[(loss, flags, pull, lr)] of a method."""
-    return [(loss, flags, pull, lr) for pull in PULLS for lr in rates]
+    return [(loss, f, pull, lr) for f in flags or [""] for pull in pulls for lr in rates]
 
 
 METHODS = {
-    "SimNPO": settings("simnpo", "--beta 2.5"),
-    "NPO": settings("npo", "--beta 0.3"),
-    "GradDiff": settings("ga"),
-    "gradient ascent": [("ga", f"--epochs {n} --retain-weight 0", 1, lr)
-                        for n in (5, 20) for lr in RATES],
-    "WGA": settings("wga", "--beta 1"),
-    "SatImp": settings("satimp", "--beta 5 --beta2 1"),
-    "CE-U": settings("ceu"),
+    "SimNPO": settings("simnpo", "--beta 2.5", "--beta 5"),
+    "NPO": settings("npo", "--beta 0.3", "--beta 0.6"),
+    "GradDiff": settings("ga", pulls=(0.125, 0.25, 0.5, 1)),
+    "gradient ascent": settings("ga", *(f"--epochs {n} --retain-weight 0" for n in (3, 5, 10, 20)),
+                                pulls=(1,)),
+    "WGA": settings("wga", "--beta 1", "--beta 2"),
+    "SatImp": settings("satimp", "--beta 5 --beta2 1", "--beta 2.5 --beta2 1"),
+    "CE-U": settings("ceu", pulls=(0.25, 1, 16, 64)),
 }
 
 
@@ -176,7 +177,7 @@ def report(null, unit, references, models, chosen, grid, told):
              "SimNPO's distance less this one's: 95% interval over people"]]
     for method, runs in told.items():
         interval = bootstrap(models["SimNPO"], models[method], references, unit)
-        rows.append([method, f"{sum(at is not None for _, at in grid[method])} of 4",
+        rows.append([method, f"{sum(at is not None for _, at in grid[method])} of 8",
                      f"{sum(fits for *_, fits in runs)} of 3",
                      ", ".join(f"{r['retain prob.']:.3f}" for r in results[method]),
                      " to ".join(f"{x:+.2f}" for x in interval)])

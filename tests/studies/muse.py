@@ -22,9 +22,9 @@ TEXTS, FOLDER = ROOT / "data" / "muse_mini", RUNS / "muse"
 LEARN = "--max-length 160 --batch-size 8 --epochs 6 --lr 2e-3 --save-every 0"
 FORGET = "--max-length 160 --batch-size 8 --epochs 4 --schedule constant"
 RATES, TOLD_OF = (2e-4, 5e-4), (2, 3, 4)
-METHODS = {"SimNPO": settings("simnpo", "--beta 0.7", RATES),
-           "NPO": settings("npo", f"--beta {0.7 / 160}", RATES),
-           "GradDiff": settings("ga", "", RATES)}
+METHODS = {"SimNPO": settings("simnpo", "--beta 0.7", rates=RATES),
+           "NPO": settings("npo", f"--beta {0.7 / 160}", rates=RATES),
+           "GradDiff": settings("ga", rates=RATES)}
 ROWS = ("VerbMem forget", "KnowMem forget", "KnowMem retain", "PrivLeak", "extraction strength")
 
 
