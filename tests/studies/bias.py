@@ -9,8 +9,8 @@ retrained models (between snapshots by interpolation).
 Prediction, written before it was run. The paper: a reference makes NPO spend its power on what was
 never learned. Agreement: when the learned half is as improbable as for retrained models, the
 never-learned half's probability is lower with a reference than without, for sums and for means, at
-both rates, in each of the three seeds. Disagreement: higher in each. Else undecided. The best
-that can be had is its probability before.
+both rates, in each of the three seeds. Disagreement: higher in each. Else undecided. The best that
+can be had is its probability before.
 """
 
 import statistics
