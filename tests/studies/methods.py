@@ -31,6 +31,7 @@ from studies.null import COLUMNS, FORGET, PAIRED, apart, measured, null_row
 
 RETAIN = ROOT / "data" / "retain95"
 RATES, TOLD_OF, WINDOW = (2e-4, 6e-4), (1, 2, 3), 1.25
+LOWEST = 0.82  # of the picture
 
 
 def settings(loss, *flags, pulls=PULLS, rates=RATES):
@@ -205,25 +206,30 @@ def asked_of(people, values):
 def draw(told, null, picture):
     """Retain against forget probability, along the epochs: mean of the seeds, a line a method."""
     figure, panel = pyplot().subplots(figsize=(8, 5), layout="tight")
-    low, goal, high = null["forget prob."]
+    goal = null["forget prob."][1]
     panel.axvspan(goal / WINDOW, goal * WINDOW, color="0.9", zorder=0)
-    panel.text(goal, 0.515, "as improbable as\nfor retrained models", ha="center", va="bottom",
-               fontsize=9, color="0.4")
+    panel.text(goal, LOWEST + 0.003, "as improbable as\nfor retrained models", ha="center",
+               va="bottom", fontsize=9, color="0.4")
     panel.plot(goal, null["retain prob."][1], "k*", ms=16, zorder=5)
+    panel.annotate("retrained", (goal, null["retain prob."][1]), (0, 9), ha="center",
+                   textcoords="offset points")
     ends = []
     for i, (method, runs) in enumerate(told.items()):
         points = [[statistics.fmean(c) for c in zip(*at)] for at in zip(*(r[0] for r in runs))]
         points = [[0, 0.99, 0.99], *points]
         panel.plot([p[1] for p in points], [p[2] for p in points], ".-", color=f"C{i}",
-                   lw=3 if method == "SimNPO" else 1.5)
-        ends.append((points[-1][1], points[-1][2], method, f"C{i}"))
-    for x, y, method, color in ends:
-        panel.annotate(method, (x, max(y, 0.5)), xytext=(6, 0), textcoords="offset points",
-                       color=color, va="center", fontsize=11)
-    panel.set(xscale="log", xlim=(1.05, 0.02), ylim=(0.5, 1.005),
+                   lw=3.5 if method == "SimNPO" else 1.5)
+        last = next((p for p in points if p[2] < LOWEST), points[-1])  # or where it leaves
+        ends.append((max(last[2], LOWEST), last[1], method, f"C{i}"))
+    at = 1.01
+    for y, x, method, color in sorted(ends, reverse=True):
+        at = max(min(at - 0.013, y), LOWEST)
+        panel.annotate(method, (x, y), (0.168, at), color=color, va="center", fontsize=12,
+                       arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5}, zorder=6)
+    panel.set(xscale="log", xlim=(1.05, 0.17), ylim=(LOWEST, 1.005),
               xlabel="probability of forget answers (log; forgotten: right)",
               ylabel="probability of retain answers (kept: up)")
-    ticks = [1, 0.5, 0.27, 0.1, 0.05]
+    ticks = [1, 0.7, 0.5, 0.35, 0.27, 0.2]
     panel.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     panel.minorticks_off()
     figure.savefig(picture, dpi=110)
