@@ -88,12 +88,18 @@ def study(options):
 
 
 def draw(found, picture):
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="tight")
+    figure, panels = pyplot().subplots(1, 2, figsize=(10.5, 4.2), sharey=True, layout="tight")
+    ends = []
     for (part, method), lines in found.items():
-        panel = panels[PARTS.index(part)]
+        y = [statistics.fmean(x) for x in zip(*lines)]
         style = STYLES.get(method, {"color": "k", "ls": "--"})
-        panel.plot([statistics.fmean(x) for x in zip(*lines)], marker=".", **style, label=method)
+        panel = panels[PARTS.index(part)]
+        panel.plot(y, marker=".", **style)
         panel.set(title=f"learned again: {part}", xlabel="epochs", xticks=range(EPOCHS + 1))
+        ends += [(y[-1], method, style["color"])] * (panel is panels[1])
+    at = 0
+    for y, method, color in sorted(ends, reverse=True):
+        at = min(at - 0.045, y)
+        panels[1].text(EPOCHS + 0.1, at, method, color=color, va="center", fontsize=10)
     panels[0].set_ylabel("log p per token of the other facts")
-    panels[0].legend(fontsize=9, frameon=False)
     figure.savefig(picture, dpi=110)
