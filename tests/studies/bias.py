@@ -3,9 +3,9 @@ all of whose facts the target knows by heart, and 50 facts about five people who
 
 {with, without a reference} x {sum, mean over tokens}, as in strata; beta 2.5 of a mean, 0.3 of a
 sum (answers of 8 tokens). Pull 1, rates 2e-4 and 6e-4, and, added when with pull 1 neither loss
-with a reference got there, pull 16 at 6e-4; three targets (the seeds of methods). Outcome: the never-learned
-half at the first moment where the learned half's mean log p is that of retrained models (between
-snapshots by interpolation), and both halves at the end of each run.
+with a reference got there, pull 16 at 6e-4; three targets (the seeds of methods). Outcome: the
+never-learned half at the first moment where the learned half's mean log p is that of retrained
+models (between snapshots by interpolation), and both halves at the end of each run.
 
 Prediction, written before it was run. The paper: a reference makes NPO spend its power on what was
 never learned. Agreement: when the learned half is as improbable as for retrained models, the
@@ -74,29 +74,31 @@ def study(options):
                         spread([at[1] for at in there])) if there else ("never", ""))])
     table("bias: probability per token at the end of the run; mean (range) of three seeds", rows)
     told = [{"method": method, "pull": pull, "lr": lr, "seed": seed,
-             "end: learned": exp_mean(end[1][LEARNED]), "end: never": exp_mean(end[1][NEVER]),
-             "end: retain": end[2], "crossing: never": exp_mean(at[0][NEVER]) if at else "",
+             "end: learned": exp_mean(end[1][LEARNED]),
+             "end: never learned": exp_mean(end[1][NEVER]),
+             "end: retain": end[2], "crossing: never learned": exp_mean(at[0][NEVER]) if at else "",
              "crossing: retain": at[1] if at else "", "step": at[2] if at else "never"}
             for (method, (pull, lr), seed), (at, end) in found.items()]
     save_csv("bias", told)
     if options.picture:
-        draw(told, statistics.fmean(exp_mean(known[NEVER]) for known in before), options.picture)
+        draw(told, {"learned": (statistics.fmean(exp_mean(known[LEARNED]) for known in null),
+                                "should fall to this"),
+                    "never learned": (statistics.fmean(exp_mean(known[NEVER]) for known in before),
+                                      "should stay here")}, options.picture)
 
 
-def draw(told, before, picture):
-    """Bars of the never-learned half's probability, where the learned half is forgotten."""
-    figure, panel = pyplot().subplots(figsize=(8, 3.4), layout="tight")
-    for i, method in enumerate(FOUR):
-        values = [x["crossing: never"] for x in told
-                  if x["method"] == method and x["step"] != "never"]
-        if values:
+def draw(told, dashed, picture):
+    """Bars of either half's probability at the end of the runs at the last of the settings."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="tight")
+    for panel, (half, (line, goal)) in zip(panels, dashed.items()):
+        for i, method in enumerate(FOUR):
+            values = [float(x[f"end: {half}"]) for x in told
+                      if x["method"] == method and int(x["pull"]) == SETTINGS[-1][0]]
             panel.barh(i, statistics.fmean(values), color=STYLES[method]["color"], alpha=0.8)
             panel.plot(values, [i] * len(values), "k.", ms=5)
-        else:
-            panel.text(0.002, i, "learned half never gone", va="center", color="0.4")
-    panel.axvline(before, color="k", ls="--")
-    panel.text(before, -0.75, "before unlearning", ha="center", fontsize=10)
-    panel.set_yticks(range(len(FOUR)), [*FOUR])
-    panel.invert_yaxis()
-    panel.set(xlabel="probability of answers that nobody had learned (should stay)")
+        panel.axvline(line, color="k", ls="--")
+        panel.text(line, -0.65, goal, ha="center", fontsize=10)
+        panel.set(xlabel=f"probability of the half that was {half}", xlim=(0, None))
+    panels[0].set_yticks(range(len(FOUR)), [*FOUR])
+    panels[0].invert_yaxis()
     figure.savefig(picture, dpi=110)
