@@ -16,12 +16,13 @@ that can be had is its probability before.
 
 import statistics
 from itertools import product
+from types import SimpleNamespace
 
 from data import make_mini
 from data.load import read_records
 from studies.common import (FOUR, ROOT, RUNS, STYLES, builtin, crossing, each, exp_mean, fine_tuned,
-                            forget_weights, pyplot, quantile, save_csv, spread, table, token_means,
-                            watched, write_lines)
+                            forget_weights, gradient_norm, load, number, pyplot, quantile, save_csv,
+                            spread, table, token_means, train, watched, write_lines)
 from studies.methods import RETAIN, TOLD_OF
 from studies.null import FORGET, SEEDS
 
@@ -36,7 +37,11 @@ def study(options):
     never = make_mini.flat(inventor.person() for _ in range(5))
     write_lines(MIXED, make_mini.fields(read_records(FORGET) + never, *make_mini.QA))
     losses = [(loss, f"--beta {beta}") for loss, beta in BETAS.items()]
-    weights = forget_weights(builtin("target", "full"), MIXED, RETAIN, losses)
+    target = builtin("target", "full")
+    weights = forget_weights(target, MIXED, RETAIN, losses)
+    rows = [["gradient norm at the target", "learned half", "never-learned half"]]
+    rows += [[method, *halves_pull(target, loss)] for method, loss in FOUR.items()]
+    table("bias: where the gradient is", rows)
     retrained = each(fine_tuned, [(RUNS / f"retain95-seed{s}", RETAIN, s) for s in SEEDS])
     targets = each(fine_tuned, [(RUNS / f"target-seed{s}", ROOT / "data" / "full", s)
                                 for s in TOLD_OF])
@@ -85,6 +90,13 @@ def study(options):
                                 "should fall to this"),
                     "never learned": (statistics.fmean(exp_mean(known[NEVER]) for known in before),
                                       "should stay here")}, options.picture)
+
+
+def halves_pull(target, loss):
+    model, examples = load(target, MIXED)
+    args = SimpleNamespace(beta=BETAS[loss], gamma=0.0)
+    return [number(gradient_norm(model, examples[half], lambda y: train.LOSSES[loss].function(
+        y, args))) for half in (LEARNED, NEVER)]
 
 
 def draw(told, dashed, picture):
