@@ -1,4 +1,4 @@
-"""studies/: equal pull, where a watched run crosses, the rule that chooses, the weights' picture."""
+"""studies/: equal pull, where a watched run crosses, the rule that chooses, the weights' view."""
 
 import json
 import math
