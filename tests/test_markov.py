@@ -18,7 +18,7 @@ from data.load import collate, load_examples
 from data.support.data_files import check_disjoint
 from data.support.models import load_config, load_tokenizer
 from studies import make_markov
-from studies.experiments import divergence, state_logps
+from studies.markov import divergence, state_logps
 
 FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000,
          "retain_test": 2000, "forget1_test": 1000, "forget2_test": 1000, "forget": 8000}
