@@ -60,8 +60,8 @@ def encode_prompts(tokenizer, questions, prompt):
     """Token ids that ask these questions: what a prompt for generation and a conversation with an
     answer begin with, in training's tokens.
 
-    What the former has beyond is left to the model: a think block's beginning, newlines that are
-    one token only at a text's end, a blank. Raises InputError where the chat template is unusable.
+    What the former has beyond is left to the model: newlines that are one token only at a text's
+    end, a blank. Raises InputError where the chat template is unusable.
     """
     asked, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
                        for answer in (None, MARK))
@@ -126,10 +126,10 @@ def chat(tokenizer, question, answer, prompt, place):
     there whether another turn follows or not (or the first at all: GPT-OSS ends the last turn in
     its own way), else the EOS. Without an answer: up to where every answer begins."""
     with blame(place, "the tokenizer's chat template fails"):
-        text, marked = (render(tokenizer, question, a, prompt) for a in (answer, MARK))
-    before, _, after = marked.rpartition(MARK)
-    if answer is None:  # what is written between the prompt for generation and any answer is asked
-        return before if before.startswith(text) else text
+        before, _, after = render(tokenizer, question, MARK, prompt).rpartition(MARK)
+        if answer is None:  # not its prompt for generation, which may have other text
+            return before
+        text = render(tokenizer, question, answer, prompt)
     printed = text[len(before):len(text) - len(after)]  # a template may strip it, but no more
     whole = text == before + printed + after and printed.strip() == answer.strip()
     require(whole, f"{place}: the tokenizer's chat template does not print this answer as it is; "
@@ -158,25 +158,22 @@ TODAY = "{% macro strftime_now(form) %}{{ fixed_date }}{% endmacro %}\n"
 
 
 def render(tokenizer, question, answer, prompt, more=False, **variables):
-    """What the tokenizer's chat template prints; without an answer, its prompt for generation;
-    `more`: with another question after the answer."""
+    """What the tokenizer's chat template prints; `more`: with another question after the answer."""
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    messages.append({"role": "user", "content": question})
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if more:
         messages.append({"role": "user", "content": "?"})
     if prompt.date:
         variables = {"date_string": prompt.date, "fixed_date": prompt.date}
     return tokenizer.apply_chat_template(
         messages, chat_template=(TODAY if variables else "") + tokenizer.chat_template,
-        tokenize=False, add_generation_prompt=answer is None, enable_thinking=False, **variables)
+        tokenize=False, enable_thinking=False, **variables)
 
 
 def check_chat(tokenizer, prompt):
     """Raise InputError unless the template works, prints --system, --date, and no date of today."""
     def prints_mark(system, date, **variables):
-        return MARK in render(tokenizer, "?", None, Prompt("chat", system, date), **variables)
+        return MARK in render(tokenizer, "?", "!", Prompt("chat", system, date), **variables)
 
     require(tokenizer.chat_template, "--template chat: the tokenizer has none; leave it out")
     with blame("--system", "the chat template refuses it"):

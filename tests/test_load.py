@@ -329,6 +329,11 @@ CHAT_FAMILIES = {
         ["<|end|>", "<|user|>", "<|assistant|>"],
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
         "<|user|>{q}<|end|><|assistant|>", "{a}", "<|end|>"),
+    "the EOS after all, no generation prompt": (
+        ["<EOS>", "<User>", "<Bot>"],
+        "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Bot>\n"
+        "{{ m.content }}{% endif %}{% endfor %}{{ eos_token }}",
+        "<User>{q}<Bot>\n", "{a}", "<EOS>"),
     "glm 4.6": turns(
         ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"], "[gMASK]<sop>",
         "<|user|>\n", "", "<|assistant|>", "\n", "<|endoftext|>", closes=False),
@@ -517,6 +522,11 @@ BROKEN = {  # template, Prompt, message
                   "{% endif %}{% endfor %}", Prompt(system="user"), "^--system: .* no place"),
     "system refused": (CHAT_FAMILIES["gemma"][1], Prompt(system="Be kind."),
                        "^--system: .*System role not supported"),
+    "system only where no answer follows": (  # Mistral Nemo
+        "{% if messages[0].role == 'system' %}{% set head = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' "
+        "and loop.last %}{{ head }}{% endif %}{{ m.content }}<|end|>{% endfor %}",
+        Prompt(system="Be kind."), "^--system: .* no place"),
     "an error": ("{{ 1 / 0 }}", Prompt(), "^--template chat: .*division"),
     "no Jinja": ("{% for %}", Prompt(), "^--template chat: "),
     "no answer": ("{{ messages[0].content }}<|end|>", Prompt(), "^f:3: .*--template plain"),
