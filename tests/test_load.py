@@ -684,7 +684,9 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.txt", "id\tanswer\tquestion\n1\tI.\tWho?"), ("a.txt", "prompt,completion\na,b"),
     ("a.txt", json.dumps(QA, indent=2)), ("a.txt", json.dumps(QA, indent=1)[:50]),
     ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
-    ("a.jsonl", json.dumps(json.dumps(QA, indent=2)))])
+    ("a.jsonl", json.dumps(json.dumps(QA, indent=2))), ("a.txt", str(QA)),
+    ("a.jsonl", json.dumps({"text": json.dumps(QA[0])})), ("a.txt", "id,text\n1,He."),
+    ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):
         read_records(write(tmp_path, name, text))
