@@ -134,7 +134,7 @@ def check_head(model):
     """Raise ValueError unless head_logits(answer_hidden(...)) are the model's own logits, tried on
     a few tokens. Call it in eval mode: with dropout no two forward passes agree."""
     embedding = model.get_input_embeddings()
-    ids = torch.arange(2, 18, device=embedding.weight.device).view(2, 8) % embedding.num_embeddings
+    ids = torch.arange(2, 18, device=embedding.weight.device).view(2, 8) % len(embedding.weight)
     expected = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     got = head_logits(model, answer_hidden(model, ids, ids)[0])
     largest = expected.nan_to_num(0, 0, 0).abs().max()

@@ -57,12 +57,12 @@ class Prompt:
 # Questions and answers to tokens
 
 def encode_prompts(tokenizer, questions, prompt):
-    """Token ids of each question's prompt: the longest common prefix of the tokenized generation
-    prompt and a tokenized conversation with an answer.
+    """Token ids of each question's prompt: what stands before any answer, tokenized, as far as the
+    tokens of a conversation with an answer begin in the same way.
 
-    So a prompt holds no token that training has not shown in its place. What the generation prompt
-    has beyond (the beginning of a think block, a blank, a newline that is a token of its own only
-    at a text's end) is left for the model to write. InputError if the chat template is unusable.
+    So a prompt holds no token that training has not shown in its place: a blank, or a newline that
+    is a token of its own only at a text's end, is left for the model to write. InputError if the
+    chat template is unusable.
     """
     asked, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
                        for answer in (None, MARK))
@@ -131,10 +131,10 @@ def chat(tokenizer, question, answer, prompt, place):
     there is none at all, the EOS.
     """
     with blame(place, "the tokenizer's chat template fails"):
-        text, marked = (render(tokenizer, question, a, prompt) for a in (answer, MARK))
-    before, _, after = marked.rpartition(MARK)
-    if answer is None:  # what stands between the generation prompt and any answer is the prompt's
-        return before if before.startswith(text) else text
+        before, _, after = render(tokenizer, question, MARK, prompt).rpartition(MARK)
+        if answer is None:  # not the generation prompt, which may have other text
+            return before
+        text = render(tokenizer, question, answer, prompt)
     printed = text[len(before):len(text) - len(after)]  # a template may strip it, but no more
     whole = text == before + printed + after and printed.strip() == answer.strip()
     require(whole, f"{place}: the tokenizer's chat template does not print this answer as it is; "
@@ -163,25 +163,22 @@ TODAY = "{% macro strftime_now(form) %}{{ fixed_date }}{% endmacro %}\n"
 
 
 def render(tokenizer, question, answer, prompt, more=False, **variables):
-    """What the tokenizer's chat template prints; without an answer, its prompt for generation;
-    `more`: with another question after the answer."""
+    """What the tokenizer's chat template prints; `more`: with another question after the answer."""
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    messages.append({"role": "user", "content": question})
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if more:
         messages.append({"role": "user", "content": "?"})
     if prompt.date:
         variables = {"date_string": prompt.date, "fixed_date": prompt.date}
     return tokenizer.apply_chat_template(
         messages, chat_template=(TODAY if variables else "") + tokenizer.chat_template,
-        tokenize=False, add_generation_prompt=answer is None, enable_thinking=False, **variables)
+        tokenize=False, enable_thinking=False, **variables)
 
 
 def check_chat(tokenizer, prompt):
     """Raise InputError unless the template works, prints --system, --date, and no date of today."""
     def prints_mark(system, date, **variables):
-        return MARK in render(tokenizer, "?", None, Prompt("chat", system, date), **variables)
+        return MARK in render(tokenizer, "?", "!", Prompt("chat", system, date), **variables)
 
     require(tokenizer.chat_template, "--template chat: the tokenizer has none; leave it out")
     with blame("--system", "the chat template refuses it"):

@@ -329,6 +329,11 @@ CHAT_FAMILIES = {
         ["<|end|>", "<|user|>", "<|assistant|>"],
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
         "<|user|>{q}<|end|><|assistant|>", "{a}", "<|end|>"),
+    "the EOS after all, no generation prompt": (
+        ["<EOS>", "<User>", "<Bot>"],
+        "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Bot>\n"
+        "{{ m.content }}{% endif %}{% endfor %}{{ eos_token }}",
+        "<User>{q}<Bot>\n", "{a}", "<EOS>"),
     "glm 4.6": turns(
         ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"], "[gMASK]<sop>",
         "<|user|>\n", "", "<|assistant|>", "\n", "<|endoftext|>", closes=False),
@@ -517,6 +522,11 @@ BROKEN = {  # template, Prompt, message
                   "{% endif %}{% endfor %}", Prompt(system="user"), "^--system: .* no place"),
     "system refused": (CHAT_FAMILIES["gemma"][1], Prompt(system="Be kind."),
                        "^--system: .*System role not supported"),
+    "system only where no answer follows": (  # Mistral Nemo
+        "{% if messages[0].role == 'system' %}{% set head = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' "
+        "and loop.last %}{{ head }}{% endif %}{{ m.content }}<|end|>{% endfor %}",
+        Prompt(system="Be kind."), "^--system: .* no place"),
     "an error": ("{{ 1 / 0 }}", Prompt(), "^--template chat: .*division"),
     "no Jinja": ("{% for %}", Prompt(), "^--template chat: "),
     "no answer": ("{{ messages[0].content }}<|end|>", Prompt(), "^f:3: .*--template plain"),
@@ -674,7 +684,9 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.txt", "id\tanswer\tquestion\n1\tI.\tWho?"), ("a.txt", "prompt,completion\na,b"),
     ("a.txt", json.dumps(QA, indent=2)), ("a.txt", json.dumps(QA, indent=1)[:50]),
     ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
-    ("a.jsonl", json.dumps(json.dumps(QA, indent=2)))])
+    ("a.jsonl", json.dumps(json.dumps(QA, indent=2))), ("a.txt", str(QA)),
+    ("a.txt", "id,text\n1,He."),
+    ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):
         read_records(write(tmp_path, name, text))

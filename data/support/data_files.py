@@ -122,16 +122,18 @@ def json_values(path, text):
             for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-PAIRED = set("question answer prompt completion instruction input output response".split())
+PAIRED = set("id text label question answer prompt completion instruction input output response"
+             .split())
 
 
 def check_prose(where, text):
     """Raise InputError for a text that is records: JSON, however often encoded and however
-    indented, or a table whose first line names its columns."""
+    indented, their Python form, or a table whose first line names its columns."""
     head = text.strip().split("\n", 1)[0]
-    found = re.match(r'[\s\[\\"]*\{[\s\\]*(n\s*)?\\*"', text)
-    with contextlib.suppress(ValueError, RecursionError):
-        found = found or isinstance(json.loads(head), (dict, list))
+    found = re.match(r"""[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
+    for part in (head, text):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = found or isinstance(json.loads(part), (dict, list))
     require(not found, f"{where}: a text that is JSON itself; write records as objects, one a "
             "line, into a file that ends in .jsonl")
     columns = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}

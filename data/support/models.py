@@ -108,7 +108,7 @@ def load_tokenizer(path):
 
 
 def vocabulary(model):
-    return model.get_input_embeddings().num_embeddings
+    return model.get_input_embeddings().weight.shape[0]  # an adapted one has it, too
 
 
 def context_length(model):
