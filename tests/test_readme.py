@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log, write_data, write_model, write_tofu
+from conftest import ROOT, log, weights, write_data, write_model, write_tofu
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig,
                           TrainingArguments)
 
 import eval as evaluation
@@ -206,6 +206,28 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
     assert train.main([*flags, "--output", "without"]) == 0
     ends = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in ("out", "without")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_adapters_on_both_weights_of_the_experts(tmp_path, monkeypatch):
+    """PEFT wraps their module once for each weight; the folder is the trained model."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model", family=MixtralConfig, num_local_experts=4)
+    models, ids = [], torch.arange(2, 30)[None]
+
+    def adapt(model, args):
+        models.append(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+        return models[0]
+
+    monkeypatch.setattr(train, "adapt", adapt)
+    assert train.main(["--model", "model", "--forget", "forget25", "--epochs", "3", "--lr", "1e-2",
+                       "--output", "out"]) == 0
+    start, got = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in ("model", "out"))
+    torch.testing.assert_close(got, models[0].eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    experts = "model.layers.0.block_sparse_moe.experts.0"
+    for name in (f"{experts}.w1.weight", f"{experts}.w2.weight"):
+        assert not torch.equal(*(weights(Path(f))[name] for f in ("model", "out")))
+    assert (got - start).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("config", [
