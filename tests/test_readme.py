@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log, stop_after, write_data, write_model, write_tofu
+from conftest import ROOT, log, stop_after, weights, write_data, write_model, write_tofu
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig,
                           TrainingArguments)
 
 import eval as evaluation
@@ -160,11 +159,14 @@ def test_answer_logps_of_a_peft_model(model):
     assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", [
-    {}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"},
-    {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
-    "ia3", None, "frozen"], ids=str)
+EMBEDDING = {"target_modules": ["q_proj", "embed_tokens"]}
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+
+
+@pytest.mark.parametrize("kind, tied", [
+    *((kind, False) for kind in ({}, {"use_dora": True}, {"use_rslora": True}, {"bias": "all"},
+                                 EMBEDDING, HEAD, "ia3", None, "frozen")),
+    *((kind, True) for kind in ({}, EMBEDDING, HEAD, None))], ids=str)
 def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
     """The folder, opened by transformers alone, has the logits of the trained model, and so has
     every snapshot; a run without snapshots, and one that was stopped and resumed, give the same to
@@ -210,10 +212,31 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
         patch.setattr(train, "update", stop_after(3))
         assert train.main([*flags, "--output", "resumed"]) == 143
     assert train.main([*flags, "--output", "resumed", "--resume"]) == 0
-    whole, *others = (load_file(f"{folder}/model.safetensors")
-                      for folder in ("out", "without", "resumed"))
+    whole, *others = (weights(Path(folder)) for folder in ("out", "without", "resumed"))
     for other in others:
         assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_adapters_on_both_weights_of_the_experts(tmp_path, monkeypatch):
+    """PEFT wraps their module once for each weight; the folder is the trained model."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path)
+    write_model(tmp_path / "model", family=MixtralConfig, num_local_experts=4)
+    models, ids = [], torch.arange(2, 30)[None]
+
+    def adapt(model, args):
+        models.append(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+        return models[0]
+
+    monkeypatch.setattr(train, "adapt", adapt)
+    assert train.main(["--model", "model", "--forget", "forget25", "--epochs", "3", "--lr", "1e-2",
+                       "--output", "out"]) == 0
+    start, got = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in ("model", "out"))
+    torch.testing.assert_close(got, models[0].eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    experts = "model.layers.0.block_sparse_moe.experts.0"
+    for name in (f"{experts}.w1.weight", f"{experts}.w2.weight"):
+        assert not torch.equal(*(weights(Path(f))[name] for f in ("model", "out")))
+    assert (got - start).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("config", [

@@ -302,7 +302,7 @@ def savable_tensors(model):
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     persistent = plain.state_dict().keys()
     named = [*plain.named_parameters(), *(x for x in plain.named_buffers() if x[0] in persistent)]
-    return [(name.replace(".base_layer.", "."), tensor) for name, tensor in named
+    return [(re.sub(r"(\.base_layer)+\.", ".", name), tensor) for name, tensor in named
             if not is_adapter(model, name)]
 
 
