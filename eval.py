@@ -246,14 +246,17 @@ def score_answers(model, examples, max_tokens):
 
 @torch.inference_mode()
 def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sample=False):
-    """Greedy continuations of tokenized prompts (or sampled ones, at temperature 1 and top-p 1), in
+    """Greedy continuations of tokenized prompts (or sampled ones, at temperature 1 and uncut), in
     order: lists of new token ids without the end.
 
     `ends` are token ids that end a continuation beside the model's own and the EOS. What else the
     model's generation_config asks (a repetition penalty, suppressed tokens) holds. None where
     logits are not finite or the prompt leaves no room in the model's context.
     """
-    how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0) if sample else {}
+    how = {}
+    if sample:  # from all words, also where the generation_config would cut some off (min_p)
+        how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0,
+                   epsilon_cutoff=0.0, eta_cutoff=0.0)
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     ends = sorted({tokenizer.eos_token_id, *ends, *own} & {*range(vocabulary(model))})
