@@ -57,8 +57,8 @@ class Prompt:
 # Questions and answers to tokens
 
 def encode_prompts(tokenizer, questions, prompt):
-    """Token ids that ask these questions: what a prompt for generation and a conversation with an
-    answer begin with, in training's tokens.
+    """Token ids that ask these questions: what the text before an answer and the text with one
+    begin with, in training's tokens.
 
     What the former has beyond is left to the model: newlines that are one token only at a text's
     end, a blank. Raises InputError where the chat template is unusable.
