@@ -249,7 +249,7 @@ def score_answers(model, examples, max_tokens):
 
 @torch.inference_mode()
 def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sample=False):
-    """Greedy continuations of tokenized prompts (or sampled ones, at temperature 1 and top-p 1), in
+    """Greedy continuations of tokenized prompts (or sampled ones, at temperature 1 and uncut), in
     order: lists of new token ids without the end.
 
     `ends` are token ids that end a continuation beside the model's own and the EOS. What else the
@@ -257,8 +257,9 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
     logits are not finite or the prompt leaves no room in the model's context.
     """
     how = dict(do_sample=False)
-    if sample:
-        how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    if sample:  # from all words, also where the generation_config would cut some off (min_p)
+        how = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, typical_p=1.0,
+                   epsilon_cutoff=0.0, eta_cutoff=0.0)
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     ends = sorted({tokenizer.eos_token_id, *ends, *own} & {*range(vocabulary(model))})
@@ -628,6 +629,9 @@ def arguments(argv):
     options = parser.parse_args(argv)
     require(not (options.forget and options.muse), "--forget and --muse: give one of them")
     require(options.forget or not options.samples, "--samples needs --forget")
+    again = options.samples or options.quantize
+    require(not (again and all(map(os.path.isfile, options.models))),
+            "--samples and --quantize need a model to run; these are files of results")
     Prompt(options.template, options.system, options.date)  # refuses a bad one before any work
     options.models = list(dict.fromkeys(map(one_spelling, options.models)))
     options.reference = options.reference and one_spelling(options.reference)

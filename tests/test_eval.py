@@ -987,8 +987,11 @@ def test_a_model_of_nan_gets_a_table_of_muse(tmp_path, capsys):
 # Does it come back?
 
 def test_samples_are_drawn_from_the_models_distribution(pair):
-    """First tokens of 600 continuations, by a chi-square test; from one seed the same again."""
+    """First tokens of 600 continuations, by a chi-square test; from one seed the same again. What
+    its generation_config would cut off is drawn, too."""
     model, tokenizer = opened(pair[0])
+    model.generation_config.update(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, typical_p=0.5,
+                                   epsilon_cutoff=0.1, eta_cutoff=0.1)
     prompt = tokenizer("Question: Where?").input_ids
     draws = []
     for _ in range(2):
@@ -1073,6 +1076,8 @@ def one_rank(rank, port, said, argv):
 
 @pytest.mark.parametrize("argv,what", [
     (["{model}"], "--forget or --muse"),
+    (["{model}", "--samples", "4"], "--samples needs --forget"),
+    (["{model}/config.json", "--forget", "{tofu}", "--quantize", "4"], "need a model to run"),
     (["{model}", "--forget", "{tofu}", "--muse", "x"], "give one of them"),
     (["{model}", "--forget", "nowhere/forget05"], "nowhere/forget05: no such data file"),
     (["{model}", "--forget", "{lone}"], "needs this file beside"),
