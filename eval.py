@@ -204,7 +204,7 @@ def mean(values, split, field, transform=float):
     return math.fsum(map(transform, kept)) / len(kept)
 
 
-def given(reference):
+def needed(reference):
     if reference is None:
         raise Undefined("needs a retain-only model: --reference MODEL, eval.json or official log")
     return reference
@@ -286,36 +286,37 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
 def evaluate_tofu(model, tokenizer, data, options):
     """Per-example values of the splits: {split: [record]}. `data` as from tofu_records."""
     prompt = Prompt(options.template, options.system, options.date)
-    questions = []  # (split, record, which of the examples are its answers)
-    examples = []
-    for split, records in data.items():
-        for record in records:
-            answers = [record["answer"]]
-            if "paraphrased_answer" in record:
-                answers.append(record["paraphrased_answer"])
-            if split != "holdout":
-                answers += record["perturbed_answer"]
-            where = [record["where"]] * len(answers)
-            questions.append((split, record, slice(len(examples), len(examples) + len(answers))))
-            examples += encode_answers(tokenizer, [record["question"]] * len(answers), answers,
-                                       prompt, where)
+    asked = [(split, record, answers_of(split, record))
+             for split, records in data.items() for record in records]
+    rows = [(record["question"], answer, record["where"])
+            for _, record, answers in asked for answer in answers]
+    questions, answers, where = zip(*rows)
+    examples = encode_answers(tokenizer, questions, answers, prompt, where)
     require_fit(examples, "the model's context of", context_length(model), vocabulary(model))
-    scores = spread(score_answers, model, examples, options.max_tokens)
-    texts = [record["question"] for split, record, _ in questions if split != "holdout"]
-    prompts = encode_prompts(tokenizer, texts, prompt)
+    scores = iter(spread(score_answers, model, examples, options.max_tokens))
+    questions = [record["question"] for split, record, _ in asked if split != "holdout"]
+    prompts = encode_prompts(tokenizer, questions, prompt)
     ends = {e.input_ids[-1] for e in examples}  # the EOS, or what ends a chat's turn
     new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
                  ends)
     said = iter(zip(decode(tokenizer, new), map(tokenizer.decode, prompts)))
     values = {split: [] for split in data}
-    for split, record, place in questions:
+    for split, record, answers in asked:
+        scored = [next(scores) for _ in answers]
         kept = {"question": record["question"], "answer": record["answer"]}
         if split in ("forget", "holdout"):
-            kept |= attacks(record["answer"], *scores[place][0])
+            kept |= attacks(record["answer"], *scored[0])
         if split != "holdout":
-            kept |= tofu_record(split, record, scores[place], *next(said))
+            kept |= tofu_record(split, record, scored, *next(said))
         values[split].append(kept)
     return values
+
+
+def answers_of(split, record):
+    """The answers whose probabilities are needed: the true one, its paraphrase, the false ones."""
+    paraphrased = [record["paraphrased_answer"]] if "paraphrased_answer" in record else []
+    false = record["perturbed_answer"] if split != "holdout" else []
+    return [record["answer"], *paraphrased, *false]
 
 
 def attacks(answer, logps, right, standard):
@@ -362,7 +363,7 @@ def tofu_values(split, nll, paraphrased_nll, perturbed_nlls):
 
 # The rows of TOFU's table: a function of the model's values and the reference's (None without one).
 
-def per(split, field, transform=float):
+def mean_of(split, field, transform=float):
     """The row with the mean of a field over a split."""
     return lambda values, reference: mean(values, split, field, transform)
 
@@ -382,10 +383,10 @@ def knowledge(r):
     return r / (1 + r)
 
 
-def comparing(function):
+def of_truth_ratios(function):
     """The row of a function of the truth ratios R on forget, the model's and the reference's."""
     return lambda values, reference: function(field_of(values, "forget", "truth_ratio"),
-                                              field_of(given(reference), "forget", "truth_ratio"))
+                                              field_of(needed(reference), "forget", "truth_ratio"))
 
 
 def utility(values, reference):
@@ -407,35 +408,35 @@ def forget_auc(field):
 
 def forget_privleak(values, reference):
     auc = forget_auc("min_k")
-    return privleak(auc(values, None), auc(given(reference), None))
+    return privleak(auc(values, None), auc(needed(reference), None))
 
 
 UTILITY = {
-    "retain probability": per("retain", "probability"),
-    "retain ROUGE-L recall": per("retain", "rouge_l_recall"),
-    "retain truth ratio": per("retain", "truth_ratio", preference),
-    "real authors probability": per("real_authors", "probability"),
-    "real authors ROUGE-L recall": per("real_authors", "rouge_l_recall"),
-    "real authors truth ratio": per("real_authors", "truth_ratio", preference),
-    "world facts probability": per("world_facts", "probability"),
-    "world facts ROUGE-L recall": per("world_facts", "rouge_l_recall"),
-    "world facts truth ratio": per("world_facts", "truth_ratio", preference),
+    "retain probability": mean_of("retain", "probability"),
+    "retain ROUGE-L recall": mean_of("retain", "rouge_l_recall"),
+    "retain truth ratio": mean_of("retain", "truth_ratio", preference),
+    "real authors probability": mean_of("real_authors", "probability"),
+    "real authors ROUGE-L recall": mean_of("real_authors", "rouge_l_recall"),
+    "real authors truth ratio": mean_of("real_authors", "truth_ratio", preference),
+    "world facts probability": mean_of("world_facts", "probability"),
+    "world facts ROUGE-L recall": mean_of("world_facts", "rouge_l_recall"),
+    "world facts truth ratio": mean_of("world_facts", "truth_ratio", preference),
 }
 TOFU_ROWS = {
-    "forget quality (KS p)": comparing(forget_quality),
-    "forget quality (KS D)": comparing(lambda a, b: ks_two_sample(a, b)[0]),
+    "forget quality (KS p)": of_truth_ratios(forget_quality),
+    "forget quality (KS D)": of_truth_ratios(lambda a, b: ks_two_sample(a, b)[0]),
     "model utility": utility,
     **UTILITY,
-    "forget probability": per("forget", "probability"),
-    "forget paraphrase probability": per("forget", "paraphrased_probability"),
-    "forget ROUGE-L recall": per("forget", "rouge_l_recall"),
-    "forget truth ratio": per("forget", "truth_ratio", closeness),
-    "forget knowledge score": per("forget", "truth_ratio", knowledge),
-    "retain knowledge score": per("retain", "truth_ratio", knowledge),
-    "forget extraction strength": per("forget", "extraction_strength"),
-    "forget exact memorization": per("forget", "exact_memorization"),
-    "retain extraction strength": per("retain", "extraction_strength"),
-    "retain exact memorization": per("retain", "exact_memorization"),
+    "forget probability": mean_of("forget", "probability"),
+    "forget paraphrase probability": mean_of("forget", "paraphrased_probability"),
+    "forget ROUGE-L recall": mean_of("forget", "rouge_l_recall"),
+    "forget truth ratio": mean_of("forget", "truth_ratio", closeness),
+    "forget knowledge score": mean_of("forget", "truth_ratio", knowledge),
+    "retain knowledge score": mean_of("retain", "truth_ratio", knowledge),
+    "forget extraction strength": mean_of("forget", "extraction_strength"),
+    "forget exact memorization": mean_of("forget", "exact_memorization"),
+    "retain extraction strength": mean_of("retain", "extraction_strength"),
+    "retain exact memorization": mean_of("retain", "exact_memorization"),
     "memorization score": memorization,
     "forget PrivLeak": forget_privleak,
     "forget/holdout AUC": forget_auc("min_k"),
@@ -451,7 +452,7 @@ def tofu_metrics(values, reference):
     if values.get("sampled"):
         drawn = len(values["sampled"][0]["texts"])
         for k in [*(k for k in (1, 4, 16, 64, 256) if k < drawn), drawn]:
-            rows[f"forget leak@{k}"] = per("sampled", "recalls", partial(leak_at_k, k=k))
+            rows[f"forget leak@{k}"] = mean_of("sampled", "recalls", partial(leak_at_k, k=k))
     return {name: attempt(row, values, reference) for name, row in rows.items()}
 
 
@@ -537,12 +538,12 @@ def muse_privleak(values, auc_retrain):
 
 # A row is a function of the model's values and the retrained model's AUC, or why there is none.
 MUSE_ROWS = {
-    "VerbMem forget": per("verbmem", "rouge_l_f1", lambda x: 100 * x),
-    "KnowMem forget": per("knowmem_forget", "rouge_l_f1", lambda x: 100 * x),
-    "KnowMem retain": per("knowmem_retain", "rouge_l_f1", lambda x: 100 * x),
+    "VerbMem forget": mean_of("verbmem", "rouge_l_f1", lambda x: 100 * x),
+    "KnowMem forget": mean_of("knowmem_forget", "rouge_l_f1", lambda x: 100 * x),
+    "KnowMem retain": mean_of("knowmem_retain", "rouge_l_f1", lambda x: 100 * x),
     "PrivLeak": muse_privleak,
     "AUC forget/holdout": lambda values, auc_retrain: privleak_auc(values),
-    "extraction strength": per("verbmem", "extraction_strength"),
+    "extraction strength": mean_of("verbmem", "extraction_strength"),
 }
 
 
