@@ -35,7 +35,7 @@ def simnpo_loss(logps, lengths, beta, gamma=0.0):
 def npo_loss(logps, ref_logps, beta):
     """NPO, one value a sequence (Zhang et al., arXiv 2404.05868, eq. 3): (B,), (B,) -> (B,).
 
-    `ref_logps` come from the model before unlearning. Its sums over tokens have no |y|.
+    `ref_logps` come from the model before unlearning. Both are sums over tokens, not means.
     """
     return -(2 / beta) * F.logsigmoid(-beta * (logps - ref_logps))
 
@@ -55,8 +55,8 @@ def retain_nll(logps, lengths):
 def sequence_logps(logits, labels):
     """log pi(y|x) and |y| of each sequence: (B,T,V), (B,T) -> logps (B,), lengths (B,).
 
-    The shift is made here: logits at position t score the label at t+1. Raises ValueError when a
-    sequence has no answer token.
+    The shift is made here: logits at position t score the label at t+1. ValueError when a sequence
+    has no answer token.
     """
     targets = labels[:, 1:]
     logps = token_logps(logits[:, :-1].flatten(0, 1), targets.flatten()).view_as(targets)
@@ -73,7 +73,7 @@ def answer_mask(labels):
     """Which positions predict an answer token: (B,T) -> (B,T-1). ValueError when a row has none."""
     mask = labels[:, 1:] != IGNORE
     if not mask.any(1).all():
-        raise ValueError("a sequence without any answer token has no length-normalized loss")
+        raise ValueError("a sequence has no answer token")
     return mask
 
 
@@ -85,7 +85,7 @@ def answer_logps(model, input_ids, labels):
     """Values and gradients of sequence_logps(model(input_ids).logits, labels), without (B,T,V).
 
     `model` is a Hugging Face causal language model; (B,T), (B,T) -> logps (B,), lengths (B,). Call
-    `check_head` once on a model of unknown kind. ValueError when a sequence has no answer token.
+    `check_head` once on a model of unknown kind.
     """
     return sum_answers(answer_token_logps(model, input_ids, labels), labels)
 
@@ -96,12 +96,13 @@ def sum_answers(values, labels):
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1), mask.sum(1)
 
 
-def answer_token_logps(model, input_ids, labels):
-    """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence."""
-    def chunk_logps(head, hidden, targets):
-        return token_logps(head_logits(model, hidden, head), targets)
+def answer_token_logps(model, input_ids, labels, per_token=token_logps):
+    """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence.
+    `per_token`: another function of logits and targets, (N,V), (N,) -> (N,)."""
+    def chunk_values(head, hidden, targets):
+        return per_token(head_logits(model, hidden, head), targets)
 
-    return chunked(chunk_logps, model, *answer_hidden(model, input_ids, labels))
+    return chunked(chunk_values, model, *answer_hidden(model, input_ids, labels))
 
 
 def answer_hidden(model, input_ids, labels):
@@ -114,10 +115,10 @@ def answer_hidden(model, input_ids, labels):
 def head_logits(model, hidden, head=None):
     """The model's own logits of hidden states, scaling and soft-capping included: (N,H) -> (N,V).
 
-    `head` is used in place of the model's output embeddings.
+    `head` stands for the model's output embeddings where `chunked` gathers their gradient.
     """
     own, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not torch.is_autocast_enabled(hidden.device.type):  # a head may be kept in fp32
+    if not torch.is_autocast_enabled(hidden.device.type):  # which would cast: a head may be fp32
         hidden = hidden.to(own.weight.dtype)
     logits = (own if head is None else head)(hidden)
     if getattr(config, "logit_scale", None):  # Cohere
@@ -154,32 +155,31 @@ def chunk_rows(model):
 def chunked(function, model, hidden, other):
     """function(head, hidden, other), computed for chunk_rows(model) rows at a time.
 
-    One chunk of logits is alive at a time. Backward computes each again, but for the last, whose
-    logits are kept: so the smaller remainder goes first.
+    One chunk of logits is alive at a time. Backward computes each again but the last, whose logits
+    are kept: that is a full one, since the remainder goes first.
     """
     rows, n = chunk_rows(model), len(hidden)
-    sizes = [n % rows] * (n % rows > 0) + [rows] * (n // rows)
+    sizes = [size for size in (n % rows, *[rows] * (n // rows)) if size]
     head, hidden = summing_head(model.get_output_embeddings(), hidden)
     *early, last = zip(hidden.split(sizes), other.split(sizes))
-    how = dict(use_reentrant=False, preserve_rng_state=False)
-    values = [checkpoint(function, head, *chunk, **how) for chunk in early]
+    values = [checkpoint(function, head, *chunk, use_reentrant=False, preserve_rng_state=False)
+              for chunk in early]
     return torch.cat([*values, function(head, *last)])
 
 
 def summing_head(head, hidden):
     """A head that adds its weight's gradient up in place, and the hidden states to call it with.
 
-    Autograd would hold three (V,H) gradients while it adds up the chunks, a third of a step's
-    memory at 128,256 words (tests/BENCH.md). Here a hook on each chunk's logits adds to `total`,
-    which WithGradient, the last that backward reaches, hands to the weight. Heads that are no plain
-    nn.Linear (LoRA) are left to autograd.
+    Autograd would hold three (V,H) gradients, a third of a step's memory at 128,256 words
+    (tests/BENCH.md). Here a hook on each chunk's logits adds to `total`, which WithGradient, the
+    last that backward reaches, hands to the weight. Autograd keeps heads like LoRA's, no nn.Linear.
     """
     plain = type(head) is nn.Linear and head.weight.requires_grad
     if not (torch.is_grad_enabled() and plain):
         return head, hidden
-    weight, device, total = head.weight.detach(), head.weight.device.type, []
-    if torch.is_autocast_enabled(device):
-        weight = weight.to(torch.get_autocast_dtype(device))  # once, not once a chunk
+    weight, total = head.weight.detach(), []
+    if torch.is_autocast_enabled(hidden.device.type):  # cast once, not once a chunk
+        weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
 
     def chunk_head(h):
         def add(grad):

@@ -33,7 +33,7 @@ from data.support.models import (check_mergeable, check_savable, context_length,
                                  savable_tensors, vocabulary)
 from data.support.optim import MOMENTS, StochasticAdamW
 from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad_ascent_loss,
-                    head_logits, npo_loss, simnpo_loss, sum_answers)
+                    head_logits, npo_loss, simnpo_loss, sum_answers, token_logps)
 
 
 # The losses to choose from. One entry is all that another one needs.
@@ -46,10 +46,19 @@ class Answers(NamedTuple):
     ref_logps: torch.Tensor | None  # (B,) logps before unlearning, where the loss needs them
 
 
+def token_log_complements(logits, targets):
+    """log(1 - p(target)), in fp32 at least: (N,V), (N,) -> (N,). Made of the other words' logits:
+    from log p, which fp32 rounds to 0 at a margin of 16, no gradient would come."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    others = logits.scatter(-1, targets[:, None], -math.inf)
+    return others.logsumexp(-1) - logits.logsumexp(-1)
+
+
 class Loss(NamedTuple):
     function: Callable[[Answers, Any], torch.Tensor]  # answers, arguments -> (B,)
     defaults: dict  # of flags that are not given
     needs_reference: bool = False
+    per_token: Callable = token_logps  # what Answers has in place of log p: (N,V), (N,) -> (N,)
 
 
 LOSSES = {
@@ -58,32 +67,23 @@ LOSSES = {
     "npo": Loss(lambda y, args: npo_loss(y.logps, y.ref_logps, args.beta),
                 {"beta": 0.1, "forget_weight": 1.0}, needs_reference=True),
     "ga": Loss(lambda y, args: grad_ascent_loss(y.logps, y.lengths), {"forget_weight": 1.0}),
-    # Weighted gradient ascent (Wang et al., arXiv 2502.19301): sg(p^beta) log p, a mean over tokens
+    # Weighted gradient ascent (Wang et al., arXiv 2502.19301): mean over tokens of p^beta log p, no
+    # gradient through p^beta
     "wga": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta),
                 {"beta": 1.0, "forget_weight": 1.0}),
-    # SatImp (Yang et al., arXiv 2505.11953): sg(p^beta (1 - p)^beta2) log p
+    # SatImp (Yang et al., arXiv 2505.11953): the same with p^beta (1 - p)^beta2
     "satimp": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta * (1-p)**args.beta2),
                    {"beta": 5.0, "forget_weight": 0.1}),
     # CE-U (Yang, arXiv 2503.01224) has the gradient of -log(1 - p), from the first answer token on
-    "ceu": Loss(lambda y, args: token_means(-log_complement(y.token_logps), y.lengths),
-                {"forget_weight": 1.0}),
+    "ceu": Loss(lambda y, args: -y.logps / y.lengths, {"forget_weight": 1.0},
+                per_token=token_log_complements),
 }
 
 
 def weighted_ascent(y, weight):
     """Mean over each answer's tokens of weight(p) log p, the weight without gradient: (B,)."""
-    return token_means(weight(y.token_logps.detach().exp()) * y.token_logps, y.lengths)
-
-
-def token_means(values, lengths):
-    """Mean of each answer's token values: (N,), (B,) -> (B,)."""
-    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
-
-
-def log_complement(logps):
-    """log(1 - p) of each log p. Above -2^-24 p rounds to 1 in fp32, and a token's cross-entropy has
-    no gradient, so nothing is lost by the clamp, which keeps the value finite."""
-    return (-logps.clamp(max=-2**-24).expm1()).log()
+    values = weight(y.token_logps.detach().exp()) * y.token_logps
+    return torch.segment_reduce(values, "mean", lengths=y.lengths, unsafe=True)
 
 
 # The flags, each with its default. Where none is given here, it depends on the model, the loss or
@@ -321,18 +321,19 @@ def micro_batches(data, indices, max_tokens, borders=()):
 
 def forget_losses(objective, forget, indices, ref_logps, args):
     """The loss of each forget sequence: (B,)."""
+    loss = LOSSES[args.loss]
     ids, labels = on_device(forget, indices, args)
-    token_logps = objective(ids, labels)
-    logps, lengths = sum_answers(token_logps, labels)
+    tokens = objective(ids, labels, loss.per_token)
+    logps, lengths = sum_answers(tokens, labels)
     ref = ref_logps[indices] if ref_logps is not None else None
-    return LOSSES[args.loss].function(Answers(logps, lengths, token_logps, ref), args)
+    return loss.function(Answers(logps, lengths, tokens, ref), args)
 
 
 def retain_losses(objective, retain, indices, args):
     """Mean nll of each answer's tokens, or mean KL(start || model) at them: (B,)."""
     ids, labels = on_device(retain, indices, args)
     kl = objective.reference is not None
-    sums, lengths = sum_answers(objective(ids, labels, kl), labels)
+    sums, lengths = sum_answers(objective(ids, labels, kl=kl), labels)
     return (sums if kl else -sums) / lengths
 
 
@@ -427,13 +428,14 @@ class Objective(nn.Module):
             self.reference.eval()  # no dropout in what the KL term is measured against
         return self
 
-    def forward(self, input_ids, labels, kl=False):
-        """Log-probability of each answer token, or KL(reference || model) there: (B,T) -> (N,)."""
+    def forward(self, input_ids, labels, per_token=token_logps, kl=False):
+        """Log-probability of each answer token (or what else per_token makes of logits), or
+        KL(reference || model) there: (B,T) -> (N,)."""
         enabled = self.mixed is not None
         with torch.autocast(input_ids.device.type, self.mixed, enabled=enabled):
             if kl:
                 return answer_token_kl(self.model, self.reference, input_ids, labels)
-            return answer_token_logps(self.model, input_ids, labels)
+            return answer_token_logps(self.model, input_ids, labels, per_token)
 
 
 def answer_token_kl(model, reference, input_ids, labels):

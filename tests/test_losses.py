@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import train
-from simnpo import sequence_logps, token_logps
 
 ARGS = argparse.Namespace(beta=1.7, gamma=0.4, beta2=1.3)
 
@@ -26,12 +25,15 @@ ANSWERS = [[-0.3, -1e-4, -5.0], [-0.7], [-2.0, -0.01, -0.4, -9.0, -0.05]]
 
 @pytest.mark.parametrize("name", train.LOSSES)
 def test_each_loss_is_gradient_ascent_with_a_weight(name):
-    tokens = torch.tensor(sum(ANSWERS, []), dtype=torch.float64, requires_grad=True)
+    loss = train.LOSSES[name]
+    logps = torch.tensor(sum(ANSWERS, []), dtype=torch.float64, requires_grad=True)
+    logits = torch.stack([logps, torch.log1p(-logps.exp())], 1)  # of a vocabulary of two words
+    tokens = loss.per_token(logits, torch.zeros(len(logps), dtype=torch.long))
     lengths = torch.tensor([len(answer) for answer in ANSWERS])
-    logps = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
+    sums = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
     ref = torch.tensor([-4.0, -0.1, -12.0], dtype=torch.float64)
-    losses = train.LOSSES[name].function(train.Answers(logps, lengths, tokens, ref), ARGS)
-    got, = torch.autograd.grad(losses.sum(), tokens)
+    losses = loss.function(train.Answers(sums, lengths, tokens, ref), ARGS)
+    got, = torch.autograd.grad(losses.sum(), logps)
     expected = [WEIGHTS[name](math.exp(x), len(answer), sum(answer), r)
                 for answer, r in zip(ANSWERS, ref.tolist()) for x in answer]
     assert losses.shape == (3,)
@@ -48,10 +50,12 @@ def random_answers():
 
 
 def ours(name, logits, labels, **arguments):
-    mask = labels[:, 1:] != -100
-    tokens = token_logps(logits[:, :-1][mask], labels[:, 1:][mask])
-    answers = train.Answers(*sequence_logps(logits, labels), tokens, None)
-    return train.LOSSES[name].function(answers, argparse.Namespace(**arguments)).mean()
+    loss, mask = train.LOSSES[name], labels[:, 1:] != -100
+    tokens = loss.per_token(logits[:, :-1][mask], labels[:, 1:][mask])
+    lengths = mask.sum(1)
+    sums = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
+    answers = train.Answers(sums, lengths, tokens, None)
+    return loss.function(answers, argparse.Namespace(**arguments)).mean()
 
 
 def open_unlearning_weighted(logits, labels, weight):
@@ -91,15 +95,16 @@ def test_ceu_has_the_gradient_of_open_unlearnings():
     torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("margin", [0, 5, 15, 20, 100])
-def test_ceu_of_a_token_known_for_certain_is_finite_in_fp32(margin):
-    """p rounds to 1 at a margin of 20; up to there the gradient of its logit is p."""
+@pytest.mark.parametrize("margin", [0, 5, 15, 16, 20, 30, 100])
+def test_ceu_of_a_token_known_for_certain_in_fp32(margin):
+    """p rounds to 1 in fp32 from a margin of 16 on; the gradient is OpenUnlearning's there, too."""
     logits = torch.zeros(1, 2, 4)
     logits[0, 0, 1] = margin
+    labels = torch.tensor([[-100, 1]])
+    exact = logits.double().requires_grad_()
     logits.requires_grad_()
-    loss = ours("ceu", logits, torch.tensor([[-100, 1]]))
-    gradient, = torch.autograd.grad(loss, logits)
-    assert loss.isfinite() and gradient.isfinite().all()
-    if margin < 20:
-        p = math.exp(margin) / (math.exp(margin) + 3)
-        assert gradient[0, 0, 1].item() == pytest.approx(p, rel=0.2 if margin > 10 else 1e-3)
+    loss = ours("ceu", logits, labels)
+    mine, = torch.autograd.grad(loss, logits)
+    theirs, = torch.autograd.grad(open_unlearning_ceu(exact[0], labels[0]), exact)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(margin) / 3), rel=1e-5)
+    torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-7)

@@ -95,8 +95,8 @@ def study(options):
 def halves_pull(target, loss):
     model, examples = load(target, MIXED)
     args = SimpleNamespace(beta=BETAS[loss], gamma=0.0)
-    return [number(gradient_norm(model, examples[half], lambda y: train.LOSSES[loss].function(
-        y, args))) for half in (LEARNED, NEVER)]
+    return [number(gradient_norm(model, examples[half], train.LOSSES[loss], args))
+            for half in (LEARNED, NEVER)]
 
 
 def draw(told, dashed, picture):

@@ -164,25 +164,24 @@ def forget_weights(target, forget, retain, losses, length=512):
     model, forget = load(target, forget, length)
     _, retain = load(target, retain, length)
     retain = retain[::len(retain) // len(forget)][:len(forget)]
-    wanted = gradient_norm(model, retain, lambda y: -y.logps / y.lengths)
+    wanted = gradient_norm(model, retain, train.Loss(lambda y, _: -y.logps / y.lengths, {}))
     weights = {}
     for loss, flags in losses:
         given = dict(zip(flags.split()[::2], map(float, flags.split()[1::2])))
         args = SimpleNamespace(gamma=0.0, beta=given.get("--beta"), beta2=given.get("--beta2", 1.0))
-        weights[loss, flags] = wanted / gradient_norm(
-            model, forget, lambda y: train.LOSSES[loss].function(y, args))
+        weights[loss, flags] = wanted / gradient_norm(model, forget, train.LOSSES[loss], args)
     return weights
 
 
-def gradient_norm(model, examples, loss):
-    """Norm of the gradient of the mean of loss(Answers); the model is its own reference."""
+def gradient_norm(model, examples, loss, args=None):
+    """Norm of the gradient of the mean of a train.Loss; the model is its own reference."""
     model.zero_grad()
     for i in range(0, len(examples), 25):
         ids, labels = collate(examples[i:i + 25])
-        tokens = answer_token_logps(model, ids, labels)
+        tokens = answer_token_logps(model, ids, labels, loss.per_token)
         logps, lengths = sum_answers(tokens, labels)
         answers = train.Answers(logps, lengths, tokens, logps.detach())
-        (loss(answers).sum() / len(examples)).backward()
+        (loss.function(answers, args).sum() / len(examples)).backward()
     return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
 
 

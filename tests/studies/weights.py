@@ -25,13 +25,15 @@ LINES = {  # label: (loss, its options, p before unlearning, colour, where the l
 
 def weight(loss, options, p, reference, tokens=TOKENS):
     """-> |y| * d loss / d log p of one token, for probabilities p (P,)."""
-    logps = p.log()[:, None].expand(-1, tokens).clone().requires_grad_()
+    loss = train.LOSSES[loss]
+    logps = p.double().log()[:, None].expand(-1, tokens).clone().requires_grad_()
+    logits = torch.stack([logps, torch.log1p(-logps.exp())], -1).flatten(0, 1)  # of two words
+    values = loss.per_token(logits, torch.zeros(len(logits), dtype=torch.long)).view_as(logps)
     lengths = torch.full((len(p),), tokens)
     ref = None if reference is None else torch.full((len(p),), tokens * math.log(reference))
-    answers = train.Answers(logps.sum(1), lengths, logps.flatten(), ref)
+    answers = train.Answers(values.sum(1), lengths, values.flatten(), ref)
     args = SimpleNamespace(**{"gamma": 0.0, **options})
-    loss = train.LOSSES[loss].function(answers, args).sum()
-    return torch.autograd.grad(loss, logps)[0][:, 0] * tokens
+    return torch.autograd.grad(loss.function(answers, args).sum(), logps)[0][:, 0] * tokens
 
 
 def study(options):
