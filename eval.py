@@ -1,13 +1,13 @@
 """TOFU's and MUSE's metrics for models side by side, by the definitions of the official codes.
 
-    python eval.py MODEL --forget data/tofu/forget05 --reference RETAIN    TOFU
+    python eval.py MODEL --forget data/tofu/forget05 --reference RETRAINED TOFU
     python eval.py MODEL --muse data/muse/news                             MUSE
     python eval.py runs/a/eval.json runs/b/eval.json                       TOFU, measured before
 
 MODEL is a folder or hub name of a causal model, an eval.json written here, TOFU's
 eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json. Every per-example value, the generated
 texts included, is kept in an eval.json in the model's folder (for a hub name in runs/) and not
-measured again. On the built-in data the target and a retain-only model are shown unasked.
+measured again. On the built-in data the target and the retrained model are shown unasked.
 
 Reading order: metrics, scoring, generation, TOFU and the rows of its table, MUSE, does it come back
 (--quantize, --samples), the flags, from arguments to the table.
@@ -50,17 +50,17 @@ def rouge_l(prediction, reference, stem):
     are Porter-stemmed. (0, 0, 0) if either text has none. Equal to rouge-score 0.1.2, with which
     TOFU (stem) and MUSE (no stem) measure.
     """
-    words, wanted = ([porter_stem(w) if stem and len(w) > 3 else w for w in words_of(text)]
-                     for text in (prediction, reference))
-    if not words or not wanted:
+    predicted, wanted = ([porter_stem(w) if stem and len(w) > 3 else w for w in words_of(text)]
+                         for text in (prediction, reference))
+    if not predicted or not wanted:
         return 0.0, 0.0, 0.0
     row = [0] * (len(wanted) + 1)  # row[j]: longest common subsequence with the first j wanted
-    for word in words:
+    for word in predicted:
         before, row = row, [0]
         for j, other in enumerate(wanted):
             row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
     common = row[-1]
-    precision, recall = common / len(words), common / len(wanted)
+    precision, recall = common / len(predicted), common / len(wanted)
     return precision, recall, 2 * precision * recall / (precision + recall) if common else 0.0
 
 
@@ -92,10 +92,7 @@ def ks_two_sample(a, b):
 
 
 def auroc(positives, negatives):
-    """Area under the ROC curve: P(a positive's score > a negative's), ties counting half.
-
-    Mann-Whitney's U over the number of pairs.
-    """
+    """Area under the ROC curve: P(a positive's score > a negative's), ties counting half."""
     negatives = sorted(map(float, negatives))
     positives = [float(x) for x in positives]
     below = sum(bisect_left(negatives, x) + bisect_right(negatives, x) for x in positives)
@@ -103,7 +100,8 @@ def auroc(positives, negatives):
 
 
 def truth_ratio(true_nll, false_nlls):
-    """TOFU's R = exp(mean of the false answers' nll - nll of the true one), nll per token, in nats.
+    """TOFU's R = exp(mean of the false answers' nll - nll of the true one, paraphrased where there
+    is a paraphrase), nll per token, in nats.
 
     Above 1 where the model prefers the truth. The paper has the arithmetic mean of the false
     answers' probabilities and the inverse ratio; the official aggregate_eval_stat and
@@ -114,8 +112,8 @@ def truth_ratio(true_nll, false_nlls):
 
 
 def forget_quality(r_model, r_reference):
-    """TOFU's forget quality: KS p-value between truth ratios R on the forget set, of a model and of
-    one retrained without that set. Near 1: they cannot be told apart; near 0: they can."""
+    """TOFU's forget quality: KS p-value between the truth ratios R of a model and of the retrained
+    model on the forget set. Near 1: they cannot be told apart; near 0: they can."""
     return ks_two_sample(r_model, r_reference)[1]
 
 
@@ -132,7 +130,7 @@ def model_utility(parts):
 
 
 def exact_memorization(right):
-    """Share of answer tokens that the argmax, given all before, gets right: a bool a token."""
+    """Share of an answer's tokens that the argmax gets right, given all before: a bool a token."""
     return sum(map(bool, right)) / len(right)
 
 
@@ -140,8 +138,8 @@ def extraction_strength(right):
     """1 - k/|y| for the smallest k such that all tokens from index k on are right; 0 if even the
     last is wrong (Carlini et al. 2021).
 
-    OpenUnlearning's loop ends one early and gives 1/|y| there, so that a TOFU_EVAL.json's value is
-    shown in a row of its own, extraction_strength.
+    OpenUnlearning's loop ends one early and gives 1/|y| there; a TOFU_EVAL.json's value is shown in
+    a row of its own, extraction_strength.
     """
     wrong = [i for i, x in enumerate(right) if not x]
     return 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
@@ -206,7 +204,7 @@ def mean(values, split, field, transform=float):
 
 def needed(reference):
     if reference is None:
-        raise Undefined("needs a retain-only model: --reference MODEL, eval.json or official log")
+        raise Undefined("needs a retrained model: --reference MODEL, eval.json or official log")
     return reference
 
 
@@ -262,7 +260,8 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
                    epsilon_cutoff=0.0, eta_cutoff=0.0)
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    ends = sorted({tokenizer.eos_token_id, *ends, *own} & {*range(vocabulary(model))})
+    ends = {tokenizer.eos_token_id, *ends, *own} - {None}
+    ends = sorted(end for end in ends if 0 <= end < vocabulary(model))
     room = [min(max_new_tokens, context_length(model) - len(prompt)) for prompt in prompts]
     results = [None] * len(prompts)
     for batch in progress(generation_batches(model, prompts, room, batch_size), "generating"):
@@ -271,6 +270,7 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
         mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
         ids, mask = (torch.tensor(x, device=model.device) for x in (rows, mask))
         watch = Finite()
+        # Prompts of a batch have equal room.
         new = model.generate(ids, attention_mask=mask, max_new_tokens=room[batch[0]], num_beams=1,
                              eos_token_id=ends, pad_token_id=ends[0], logits_processor=[watch],
                              tokenizer=tokenizer, return_dict_in_generate=False,
@@ -288,14 +288,14 @@ def evaluate_tofu(model, tokenizer, data, options):
     prompt = Prompt(options.template, options.system, options.date)
     asked = [(split, record, answers_of(split, record))
              for split, records in data.items() for record in records]
-    rows = [(record["question"], answer, record["where"])
-            for _, record, answers in asked for answer in answers]
-    questions, answers, where = zip(*rows)
+    every = [(record["question"], answer, record["where"])
+             for _, record, answers in asked for answer in answers]
+    questions, answers, where = zip(*every)
     examples = encode_answers(tokenizer, questions, answers, prompt, where)
     require_fit(examples, "the model's context of", context_length(model), vocabulary(model))
     scores = iter(spread(score_answers, model, examples, options.max_tokens))
-    questions = [record["question"] for split, record, _ in asked if split != "holdout"]
-    prompts = encode_prompts(tokenizer, questions, prompt)
+    texts = [record["question"] for split, record, _ in asked if split != "holdout"]
+    prompts = encode_prompts(tokenizer, texts, prompt)
     ends = {e.input_ids[-1] for e in examples}  # the EOS, or what ends a chat's turn
     new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
                  ends)
@@ -320,8 +320,8 @@ def answers_of(split, record):
 
 
 def attacks(answer, logps, right, standard):
-    """Membership scores of a true answer, low where it was trained on, by OpenUnlearning's
-    definitions: LOSS and zlib of all tokens, Min-K% and Min-K%++ without the end."""
+    """Membership scores of a true answer by OpenUnlearning's definitions, low where it was trained
+    on: LOSS and zlib of all tokens, Min-K% and Min-K%++ without the end."""
     loss = -logps.double().mean().item()
     return {"loss": finite(loss), "zlib": finite(loss / len(zlib.compress(answer.encode()))),
             "min_k": finite(min_k(logps.tolist()[:-1], least=1)),
@@ -384,7 +384,7 @@ def knowledge(r):
 
 
 def of_truth_ratios(function):
-    """The row of a function of the truth ratios R on forget, the model's and the reference's."""
+    """The row of function(the model's R, the retrained model's R) on the forget set."""
     return lambda values, reference: function(field_of(values, "forget", "truth_ratio"),
                                               field_of(needed(reference), "forget", "truth_ratio"))
 
@@ -401,7 +401,8 @@ def memorization(values, reference):
 
 
 def forget_auc(field):
-    """The row of P(a holdout question's score < a forget question's)."""
+    """The row of P(a holdout question's score < a forget question's): 0 where every forget question
+    is recognized as trained on, 0.5 where none is."""
     return lambda values, reference: auroc(field_of(values, "forget", field),
                                            field_of(values, "holdout", field))
 
@@ -497,7 +498,8 @@ def evaluate_muse(model, tokenizer, data, options):
         values[f"knowmem_{split}"] = [muse_record(r["question"], r["answer"], text)
                                       for r, text in zip(records, texts)]
     for split in ("forget", "holdout"):
-        examples = to_examples(data[f"privleak/{split}"], tokenizer, 2**31, Prompt(),
+        never_cut = 2**31
+        examples = to_examples(data[f"privleak/{split}"], tokenizer, never_cut, Prompt(),
                                vocabulary(model))
         values[f"privleak_{split}"] = [{"min_40": finite(min_k(logps.tolist()))}
                                        for logps, _, _ in score(examples)]
@@ -519,7 +521,7 @@ def muse_record(prompt, answer, text):
 
 
 def encode_texts(tokenizer, texts):
-    """Token ids of plain texts, begun as in training, trailing blanks kept (KnowMem's prompts)."""
+    """Token ids of plain texts with training's BOS, trailing blanks kept (KnowMem's prompts)."""
     return encode(tokenizer, texts, front_of(tokenizer))
 
 
@@ -583,13 +585,13 @@ def evaluate_samples(model, tokenizer, records, options):
     torch.manual_seed(distributed.rank())
     new = spread(generate, model, prompts, tokenizer, options.max_new_tokens, options.batch_size,
                  ends, True)
-    texts, records = decode(tokenizer, new), []
+    texts, sampled = decode(tokenizer, new), []
     for i, (question, answer) in enumerate(zip(questions, answers)):
         drawn = texts[i * options.samples:(i + 1) * options.samples]
         recalls = [rouge(text, answer, stem=True)[1] for text in drawn]
-        records.append({"question": question, "answer": answer, "texts": drawn,
+        sampled.append({"question": question, "answer": answer, "texts": drawn,
                         "recalls": None if None in recalls else recalls})
-    return {"sampled": records}
+    return {"sampled": sampled}
 
 
 # The flags
@@ -618,7 +620,8 @@ def arguments(argv):
     a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200")
     a("--quantize", type=int, nargs="+", default=[], choices=range(2, 9), metavar="BITS",
       help="evaluate each model with its weights rounded, too: for example 8 4")
-    a("--samples", type=positive, help="draw as many answers to each forget question, too (TOFU)")
+    a("--samples", type=positive, metavar="N", help="also sample N answers to each forget question "
+      "(TOFU)")
     a("--dtype", choices=list(DTYPES), help="of the weights. Default: fp32 on a CPU, bf16 "
       "(official) on a GPU; only fp32 results are independent of the batch size")
     a("--batch-size", type=positive, default=64, help="prompts continued at once; default 64")
@@ -643,7 +646,7 @@ def arguments(argv):
 
 
 def one_spelling(path):
-    """A path that exists, without what does not change it; other names (of the hub) as they are."""
+    """A path that exists without ./ and a trailing /; other names (of the hub) as they are."""
     return str(Path(path)) if os.path.exists(path) else path
 
 
@@ -651,6 +654,7 @@ def one_spelling(path):
 
 @one_line_errors
 def main(argv=None):
+    """Evaluate the models that have no results yet; print the table. Returns the exit status."""
     options = arguments(argv)
     distributed.start(options.device)
     study = muse if options.muse else tofu if options.forget else saved
@@ -751,7 +755,7 @@ def complete_tofu(values):
     for split, records in values.items():
         for r in (r for r in records if "nll" in r):
             r |= tofu_values(split, r["nll"], r["paraphrased_nll"], r["perturbed_nll"])
-    tofu_metrics(values, values)  # raises
+    tofu_metrics(values, values)  # a KeyError or TypeError, if a record is damaged
     return values
 
 

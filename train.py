@@ -1,4 +1,4 @@
-"""Unlearn, fine-tune or relearn: one plain PyTorch loop.
+"""Unlearn or fine-tune a causal language model: one plain PyTorch loop.
 
     python train.py --forget data/forget05 --beta 2.5 --gamma 0      unlearn
     python train.py --retain data/full --output runs/target          fine-tune: no --forget
@@ -95,19 +95,20 @@ COUNT, POSITIVE, NONNEGATIVE = number(int, low=1), number(float, above=0), numbe
 
 
 def flags():
-    parser = Parser(__doc__, "README.md has the flags of the paper's runs.")
+    parser = Parser(__doc__, "README.md has the flags of the paper's runs. Without --model, "
+                    "the miniature has an --lr, --epochs and --forget-weight of its own.")
     a = parser.group("model and data")
     a("--model", type=nonempty, help="folder or hub name; default: the built-in target, made first")
-    a("--init", type=nonempty, metavar="DIR", help="instead: random weights for DIR's config.json "
-      "and tokenizer")
+    a("--init", type=nonempty, metavar="DIR", help="instead of --model: random weights for DIR's "
+      "config.json and tokenizer")
     a("--forget", type=nonempty, help="what to forget; without it, fine-tuning on --retain")
     a("--retain", type=nonempty, help="what to keep; default: beside --forget (forget05: retain95)")
     a("--template", help="chat (default, if the tokenizer has one), llama2, plain (default, if "
       "not), or a text with {question}")
     a("--system", help="system message of the chat")
     a("--date", help="today's date, for chat templates that print it")
-    a("--max-length", type=number(int, low=2), help="most tokens of a sequence: texts are cut into "
-      "chunks, answers never; default 2048 (MUSE), or what the model takes")
+    a("--max-length", type=number(int, low=2), help="longest sequence in tokens: longer texts are "
+      "split, longer answers refused; default 2048 (MUSE), or what the model takes")
     a = parser.group("objective")
     a("--loss", choices=list(LOSSES), default="simnpo",
       help="default simnpo; ga with --retain-loss nll is GradDiff")
@@ -121,7 +122,7 @@ def flags():
     a("--forget-weight", type=NONNEGATIVE, help="default 0.1375 (official code, TOFU forget05); "
       "satimp 0.1, others 1")
     a("--retain-weight", type=NONNEGATIVE, default=1.0, help="default 1 (official code)")
-    a = parser.group("optimization (defaults: official TOFU code)")
+    a = parser.group("optimization (defaults: the official TOFU code's)")
     a("--epochs", type=COUNT, help="passes over --forget, else --retain; default 10")
     a("--batch-size", type=COUNT, help="forget and as many retain sequences a step; default 32")
     a("--lr", type=POSITIVE, help="peak learning rate of AdamW; default 1e-5")
@@ -129,11 +130,11 @@ def flags():
     a("--warmup-epochs", type=NONNEGATIVE, default=1.0, help="linear warm-up; default 1")
     a("--schedule", choices=["linear", "constant"], default="linear", help="linear decay to 0 "
       "(TOFU, default), or constant without warm-up (MUSE)")
-    a("--clip", type=POSITIVE, default=1.0, help="largest gradient norm; default 1 (official: "
-      "none, here 1e12)")
+    a("--clip", type=POSITIVE, default=1.0, help="largest gradient norm; default 1 (the "
+      "official code does not clip: 1e12)")
     a("--seed", type=number(int, low=0), default=0, help="random seed of data order, dropout, "
       "rounding, adapters and --init; default 0")
-    a = parser.group("speed and memory (results stay, but for rounding)")
+    a = parser.group("speed and memory (the same results up to rounding)")
     a("--max-tokens", type=COUNT, help="padded tokens a micro-batch; default 16384, CPU 1024")
     a("--dtype", choices=list(DTYPES), help="of matrix products, master weights stay fp32; "
       "default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
@@ -211,7 +212,7 @@ def main(argv=None):
         return 0
     state = build(args)
     borders = rope_borders(state.objective.model)  # lengths that LongRoPE sets apart in a batch
-    # What NPO compares with: the model as it was, so before a checkpoint is loaded.
+    # NPO's reference is the start model, so it is scored before a checkpoint is loaded.
     needs_reference = bool(forget) and LOSSES[args.loss].needs_reference
     ref_logps = score(state.objective, forget, args) if needs_reference else None
 
@@ -305,9 +306,9 @@ def micro_batches(data, indices, max_tokens, borders=()):
     """[(indices, scale)] of this rank's micro-batches of some Examples of data: of like length, at
     most max_tokens with padding, none across a border (models.rope_borders).
 
-    The sum of losses times scale, over all ranks and micro-batches, is the mean over `indices`.
-    FSDP averages gradients over ranks, hence the factor world. It needs as many passes on each
-    rank: a rank with fewer repeats the shortest Example with scale 0.
+    The sum of losses times scale over a rank's micro-batches, averaged over the ranks as FSDP
+    averages gradients, is the mean over `indices`. FSDP needs as many passes on each rank: a rank
+    with fewer repeats the shortest Example with scale 0.
     """
     rank, world = distributed.rank(), distributed.world()
     order = sorted(indices, key=lambda i: len(data[i].input_ids), reverse=True)
@@ -330,7 +331,7 @@ def forget_losses(objective, forget, indices, ref_logps, args):
 
 
 def retain_losses(objective, retain, indices, args):
-    """Mean nll of each answer's tokens, or mean KL(start || model) at them: (B,)."""
+    """Mean nll of each answer's tokens, or mean KL(start model || model) at them: (B,)."""
     ids, labels = on_device(retain, indices, args)
     kl = objective.reference is not None
     sums, lengths = sum_answers(objective(ids, labels, kl=kl), labels)
@@ -343,8 +344,8 @@ def on_device(data, indices, args):
 
 
 def learning_rate(args, step, total, per_epoch):
-    """Linear warm-up, then linear decay that reaches 0 after the last step, so none is wasted at 0;
-    or constant, without warm-up."""
+    """Linear warm-up, then linear decay, which would be 0 one step after the last; or constant,
+    without warm-up."""
     if args.schedule == "constant":
         return args.lr
     warm = int(args.warmup_epochs * per_epoch)
@@ -355,7 +356,7 @@ def update(state, losses, lr, args):
     """Clip the gradient and take an optimizer step; returns what is logged of it.
 
     Raises FloatingPointError, and changes no weight, where loss or gradient are not finite. In fp16
-    a gradient may overflow: that step is skipped and the loss scale halved; below 1 it raises.
+    a gradient may overflow: that step is skipped and the loss scale halved, down to 1.
     """
     objective, optimizer, scaler = state
     for group in optimizer.param_groups:
@@ -513,7 +514,7 @@ def shard(objective):
 
 
 def make_optimizer(model, args):
-    """AdamW of the official recipe: no decay of norms and biases."""
+    """AdamW, whose weight decay is for matrices only (not for norms and biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]

@@ -484,7 +484,7 @@ def test_empty_answers_get_a_table(tofu, tmp_path, capsys):
 
 
 def test_columns_of_the_builtin_benchmark(pair, tmp_path, capsys, monkeypatch):
-    """On the project's own data the target and the retain-only model are made by train.py and
+    """On the project's own data the target and the retrained model are made by train.py and
     shown first."""
     write_tofu(tmp_path / "data")
     monkeypatch.setattr(miniature, "DATA", tmp_path / "data")

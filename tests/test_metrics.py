@@ -345,7 +345,7 @@ def test_known_numbers_of_official_logs(capsys):
     assert evaluation.main([retain]) == 0 and "0.613745" in capsys.readouterr().out
     assert evaluation.main([lists]) == 0
     out = capsys.readouterr().out
-    assert "0.622015" in out and "needs a retain-only model" in out
+    assert "0.622015" in out and "needs a retrained model" in out
 
 
 @needs_shared

@@ -106,7 +106,9 @@ def test_adding_a_loss(tmp_path, monkeypatch):
     flags = ["--model", "model", "--forget", "forget25", "--epochs", "2", "--lr", "1e-3",
              "--output", "out"]
     monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
-    exec(SNIPPETS[2].partition("evaluation.TOFU_ROWS")[0], {"training_flags": flags})
+    main = train.main
+    monkeypatch.setattr(train, "main", lambda argv: main([*argv, *flags]))
+    exec(SNIPPETS[2].partition("evaluation.TOFU_ROWS")[0], {})
     model, tokenizer = load_pretrained("model")
     expected = []
     for e in load_examples("forget25", tokenizer, 128):
@@ -129,7 +131,9 @@ def test_adding_a_row(tmp_path, monkeypatch, capsys):
         patch.setitem(sys.modules, "eval", evaluation)
         patch.setattr(train, "main", lambda argv: None)
         patch.setattr(train, "LOSSES", dict(train.LOSSES))
-        exec(SNIPPETS[2], {"training_flags": [], "evaluation_flags": flags})
+        main = evaluation.main
+        patch.setattr(evaluation, "main", lambda argv: main(flags))
+        exec(SNIPPETS[2], {})
     records = json.loads(Path("model/eval.json").read_text())["evaluations"].popitem()[1]["values"]
     mean = sum(len(r["answer"]) + 2 for r in records["forget"]) / len(records["forget"])
     printed = capsys.readouterr().out.splitlines()
