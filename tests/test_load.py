@@ -240,24 +240,6 @@ QWEN3 = ("{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
          "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}")
 
 
-def turns(special, first, user, asked, assistant, header, end, after="", closes=True):
-    """A row of CHAT_FAMILIES: `assistant` begins the turn, in the prompt for generation, too;
-    `header` is what every answer follows; `end` closes the turn, if anything `closes` it, and
-    `after` stands behind it."""
-    def printed(*parts):
-        return "{{ " + " + ".join(parts) + " }}"
-
-    closed = (end if closes else "") + after
-    template = (printed(repr(first)) + "{% for m in messages %}{% if m.role == 'user' %}"
-                + printed(repr(user), "m.content", repr(asked)) + "{% else %}"
-                + printed(repr(assistant + header), "m.content", repr(closed))
-                + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-                + printed(repr(assistant)) + "{% endif %}")
-    blank = " " * header.endswith(" ")  # a blank begins the answer's first token
-    before = f"{first}{user}{{q}}{asked}{assistant}{header.rstrip(' ')}"
-    return special, template, before, blank + "{a}", end
-
-
 CHAT_FAMILIES = {
     "llama 3": (
         ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -334,38 +316,81 @@ CHAT_FAMILIES = {
         "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Bot>\n"
         "{{ m.content }}{% endif %}{% endfor %}{{ eos_token }}",
         "<User>{q}<Bot>\n", "{a}", "<EOS>"),
-    "glm 4.6": turns(
-        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"], "[gMASK]<sop>",
-        "<|user|>\n", "", "<|assistant|>", "\n", "<|endoftext|>", closes=False),
-    "kimi k2": turns(
-        ["[EOS]", "<|im_user|>", "<|im_middle|>", "<|im_assistant|>", "<|im_end|>"], "",
-        "<|im_user|>user<|im_middle|>", "<|im_end|>", "<|im_assistant|>assistant<|im_middle|>", "",
+    "glm 4.6": (  # nothing closes a turn
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"],
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "[gMASK]<sop><|user|>\n{q}<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "kimi k2": (
+        ["[EOS]", "<|im_user|>", "<|im_middle|>", "<|im_assistant|>", "<|im_end|>"],
+        "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>"
+        "{% endif %}",
+        "<|im_user|>user<|im_middle|>{q}<|im_end|><|im_assistant|>assistant<|im_middle|>", "{a}",
         "<|im_end|>"),
-    "a channel is closed before the turn": turns(
-        ["[EOS]", "<|user|>", "<|assistant|>", "<|open|>", "<|close|>", "<|end|>"], "",
-        "<|user|>", "<|end|>", "<|assistant|>", "<|open|>", "<|close|><|end|>"),
-    "command-r": turns(
-        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>"], "<BOS>",
-        "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>", "", "<|END|>"),
-    "command-r7b": turns(
+    "a channel is closed before the turn": (
+        ["[EOS]", "<|user|>", "<|assistant|>", "<|open|>", "<|close|>", "<|end|>"],
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "<|open|>{{ m.content }}<|close|>{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "<|user|>{q}<|end|><|assistant|><|open|>", "{a}", "<|close|><|end|>"),
+    "command-r": (
+        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>"],
+        "{{ bos_token }}{% for m in messages %}<|START|><|"
+        "{{ 'USER' if m.role == 'user' else 'CHATBOT' }}|>{{ m.content }}<|END|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START|><|CHATBOT|>{% endif %}",
+        "<BOS><|START|><|USER|>{q}<|END|><|START|><|CHATBOT|>", "{a}", "<|END|>"),
+    "command-r7b": (
         ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>", "<|START_RESPONSE|>",
-         "<|END_RESPONSE|>"], "<BOS>", "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>",
-        "<|START_RESPONSE|>", "<|END_RESPONSE|><|END|>"),
-    "falcon 3": turns(["<|endoftext|>"], "", "<|user|>\n", "\n", "<|assistant|>\n", "",
-                      "<|endoftext|>", "\n"),
-    "olmo 2": turns(["<|endoftext|>"], "<|endoftext|>", "<|user|>\n", "\n", "<|assistant|>\n", "",
-                    "<|endoftext|>", "\n"),
-    "granite 3": turns(
-        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"], "",
-        "<|start_of_role|>user<|end_of_role|>", "<|end_of_text|>\n",
-        "<|start_of_role|>assistant<|end_of_role|>", "", "<|end_of_text|>", "\n"),
-    "phi 4": turns([*IM, "<|im_sep|>"], "", "<|im_start|>user<|im_sep|>", "<|im_end|>",
-                   "<|im_start|>assistant<|im_sep|>", "", "<|im_end|>"),
-    "internlm 2": turns(["</s>", "<s>", *IM], "<s>", "<|im_start|>user\n", "<|im_end|>\n",
-                        "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
-    "deepseek v3": turns(["<EOS>", "<BOS>", "<User>", "<Assistant>"], "<BOS>", "<User>", "",
-                         "<Assistant>", "", "<EOS>"),
-    "vicuna": turns(["</s>", "<s>"], "<s>", "USER: ", " ", "ASSISTANT:", " ", "</s>"),
+         "<|END_RESPONSE|>"],
+        "{{ bos_token }}{% for m in messages %}<|START|>{% if m.role == 'user' %}<|USER|>"
+        "{{ m.content }}{% else %}<|CHATBOT|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>"
+        "{% endif %}<|END|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START|><|CHATBOT|>{% endif %}",
+        "<BOS><|START|><|USER|>{q}<|END|><|START|><|CHATBOT|><|START_RESPONSE|>", "{a}",
+        "<|END_RESPONSE|><|END|>"),
+    "falcon 3": (
+        ["<|endoftext|>"],
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|user|>\n{q}\n<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "olmo 2": (  # begins with its EOS
+        ["<|endoftext|>"],
+        "{{ eos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}\n"
+        "{% else %}<|assistant|>\n{{ m.content + eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|endoftext|><|user|>\n{q}\n<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "granite 3": (
+        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
+        "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
+        "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant"
+        "<|end_of_role|>{% endif %}",
+        "<|start_of_role|>user<|end_of_role|>{q}<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>", "{a}", "<|end_of_text|>"),
+    "phi 4": (
+        [*IM, "<|im_sep|>"],
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        "<|im_start|>user<|im_sep|>{q}<|im_end|><|im_start|>assistant<|im_sep|>", "{a}",
+        "<|im_end|>"),
+    "internlm 2": (
+        ["</s>", "<s>", *IM],
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<s><|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}", "<|im_end|>"),
+    "deepseek v3": (
+        ["<EOS>", "<BOS>", "<User>", "<Assistant>"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+        "{% else %}<Assistant>{{ m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<Assistant>{% endif %}",
+        "<BOS><User>{q}<Assistant>", "{a}", "<EOS>"),
+    "vicuna": (
+        ["</s>", "<s>"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+        "{% else %}ASSISTANT: {{ m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "<s>USER: {q} ASSISTANT:", " {a}", "</s>"),
 }
 STRIPS = ("llama 3", "gemma", "llama 2")  # these strip what they print
 THINKS = {"qwen 3": {"enable_thinking": False}}
