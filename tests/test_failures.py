@@ -103,6 +103,7 @@ BAD_FILES = {  # name: content, the line
     "verbmem.json": ('[{"prompt": "a b", "gt": "c"}]', 1),  # of MUSE: to evaluate on, not to train
     "too_long.jsonl": (QA + QA.replace("He.", "He. " * 200), 2),
     "pointer.jsonl": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", 1),
+    "annexed.txt": ("../.git/annex/objects/k3/Xq/MD5E-s9--a.txt/MD5E-s9--a.txt", "1: *pointer"),
     "in_both.jsonl": (json.dumps(RECORDS[5]), 1),  # in the retain set, too
 }
 

@@ -710,7 +710,8 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.txt", json.dumps(QA, indent=2)), ("a.txt", json.dumps(QA, indent=1)[:50]),
     ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
     ("a.jsonl", json.dumps(json.dumps(QA, indent=2))), ("a.txt", str(QA)),
-    ("a.txt", "id,text\n1,He."),
+    ("a.txt", "id,text\n1,He."), ("a.txt", "question: Who?\nanswer: He.\n"),
+    ("a.txt", '[[qa]]\nquestion = "Who?"\nanswer = "I."'),
     ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):
@@ -719,7 +720,11 @@ def test_records_that_come_as_text_are_refused(name, text, tmp_path):
 
 @pytest.mark.parametrize("text", [
     "42", "null", "Who?, I asked; he gave no answer.", "[1] A note.", '"Hello."\n"Who?"',
-    "{{Infobox}} A town.", "[[Ulm]] is a town.", "{a} b", "Question, he said"])
+    "{{Infobox}} A town.", "[[Ulm]] is a town.", "{a} b", "Question, he said",
+    "Question: Who?\nAnswer: He.", "<Enter Hamlet>\nTo be.", "<think>\nSo.\n</think>\nHe.",
+    "<!-- 1990 -->\nA day.", "# Head\n\n- one\n- two", "- Ann: You?\n- Bo: I.\n  And you?",
+    "---\ntitle: A day\nauthor: He\n---\nIt was.", "> Who: he.", "text: a word.\nIt is.",
+    "/annex/objects/ was full.", "%PDQ Bach", "https://x.org/a?b=c <b>said</b>"])
 def test_prose_is_read(text, tmp_path):
     assert read_records(write(tmp_path, "a.txt", text))[0]["text"] == text
 
@@ -761,6 +766,7 @@ with zipfile.ZipFile(OFFICE, "w") as packed:
     packed.writestr("docProps/app.xml", "<x/>")
     packed.writestr("[Content_Types].xml", "<Types/>")
 CSV = b'question,answer\nWho?,He.\n1958?,1958\nNone?,"NA, ""b""\nc"\n'
+YAML = b"---\n- question: |\n    Who?\n\n  answer: He.\n- question: 1958?\n  answer: '1958'\n"
 FOREIGN = {  # file: its bytes, what it is called
     "a.parquet": (b"PAR1....PAR1", "parquet"), "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "arrow"),
     "a.feather": (b"ARROW1\0\0", "arrow"), "gz.jsonl": (gzip.compress(LINES.encode()), "gzip"),
@@ -769,6 +775,10 @@ FOREIGN = {  # file: its bytes, what it is called
     "a.xlsx": (OFFICE.getvalue(), "Excel or Word"), "qa": (OFFICE.getvalue(), "Excel or Word"),
     "a.xls": (b"\xd0\xcf\x11\xe0\xa1", "Excel or Word"), "A.CSV": (CSV, "CSV"),
     "a.ods": (b"PK\3\4" + bytes(26) + b"mimetypeapplication", "OpenDocument"),
+    "a.pdf": (b"%PDF-1.4\n", "PDF"), "rtf.txt": (rb"{\rtf1 Hello.}", "PDF or RTF"),
+    "html.txt": (b"\xef\xbb\xbf\r\n<!DOCTYPE html><p>Hello.", "HTML"),
+    "xml.txt": (b"<a>\n<q>Who?</q></a>\n", "HTML or XML"),
+    "yaml.txt": (YAML, "YAML"), "q.txt": (b"- q: Who?\r\n  a: He.\r\n", "YAML"),
     "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "TSV"),
     "a.json": (json.dumps(TABLE).encode(), "columns, as pandas"),
     "lists.json": (b'{"question": ["1?"], "answer": ["1958"]}', "columns"),
@@ -792,6 +802,7 @@ OLD = {  # format: file, its bytes, the questions and answers in it
     "CSV": ("old.csv", CSV, ROWS), "TSV": ("old.tsv", CSV.replace(b"?,", b"?\t")
                                           .replace(b"question,", b"question\t"), ROWS),
     "columns, as pandas writes them": ("old.json", json.dumps(TABLE).encode(), ROWS[:2]),
+    "YAML": ("old.yaml", YAML, [("Who?\n", "He."), ("1958?", "1958")]),
     "prompt and completion": ("old.jsonl", FOREIGN["pairs.jsonl"][0],
                               [(r["prompt"], r["completion"]) for r in PAIRS]),
     "objects over several lines": ("old.json", json.dumps(QA[0], indent=1).encode(),

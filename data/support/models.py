@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from transformers.utils import cached_file, has_file, logging
 
-from .data_files import LFS
+from .data_files import POINTER, POINTER_SAYS
 from .errors import InputError, blame, require
 
 logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
@@ -149,8 +149,8 @@ def check_model_folder(path, weights):
     names = sorted(p.name for p in folder.iterdir())
     for file in folder.glob("*.*"):
         with blame(file, "cannot be read"):
-            pointer = file.is_file() and file.open("rb").read(len(LFS)) == LFS
-        require(not pointer, f"{file}: a Git LFS pointer, not the file itself; run: git lfs pull")
+            pointer = file.is_file() and POINTER.match(file.open("rb").read(1000))
+        require(not pointer, f"{file}: {POINTER_SAYS}")
     # transformers would put an adapter on top of weights that may hold it already
     require("adapter_config.json" not in names, f"{path}: holds {ADAPTER}")
     require("config.json" in names or "args.json" not in names,
