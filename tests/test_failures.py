@@ -6,6 +6,9 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,6 +271,22 @@ def sharded(name):
     return spoil
 
 
+def sharded_and_single(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    sharded("model-00001-of-00001.safetensors")(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def stored_as(dtype):
+    """One weight cast to a dtype that cannot hold it without a scale."""
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        state[name] = (state[name] * 100).to(dtype)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return spoil
+
+
 def without_a_norm(folder):
     state = load_file(folder / "model.safetensors")
     del state["model.norm.weight"]
@@ -304,7 +323,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BAD_MODELS = {  # what is done to a sound folder, words after its name
     # weights
     "none": (without("model.safetensors"), "*safetensors"),
-    "a pointer": (written("model.safetensors", POINTER), "*LFS pointer"),
+    "a pointer": (written("model.safetensors", POINTER), "*Git LFS"),
     "a pickle": (pickled, "*pytorch_model.bin"),
     "cut off": (cut("model.safetensors", 5000), "*cannot be loaded"),
     "one is missing": (without_a_norm, "*missing"),
@@ -312,11 +331,16 @@ BAD_MODELS = {  # what is done to a sound folder, words after its name
     "of another shape": (config(hidden_size=64), "*weight"),
     "a shard outside": (sharded("../model/model.safetensors"), "*'../model/model.safetensors'"),
     "a shard that is a pickle": (sharded("weights.bin"), "*'weights.bin'"),
+    "shards beside a single file": (sharded_and_single, "*its shards lie beside a model.safe"),
+    "int8": (stored_as(torch.int8), "*up_proj.weight is I8, quantized"),
+    "fp8": (stored_as(torch.float8_e4m3fn), "*up_proj.weight is F8_E4M3, quantized"),
     "an adapter on top": (written("adapter_config.json", b"{}"), "*adapter"),
     # config
     "no config": (without("config.json"), "*config.json"),
     "unknown kind": (config(model_type="perceptron"), "*config.json"),
     "encoder": (encoder, "*not a causal"),
+    "no room": (config(max_position_embeddings=-1), "*max_position_embeddings -1 "),
+    "no room at all": (config(max_position_embeddings=0), "*max_position_embeddings 0 "),
     "remote code": (remote_code(), "*config.json"),
     # tokenizer
     "remote tokenizer": (remote_code("llama", "EvilTokenizer"), "*tokenizer"),
@@ -342,6 +366,32 @@ def test_bad_models(name, world, tmp_path, capfd):
     if name in ("no config", "remote code", "no EOS", "encoder"):
         argv = words(RUN.replace("--model {model}", "--init spoilt"), world)
         assert_refused(train, argv, place, capfd, *folders)
+
+
+def test_a_hub_that_never_answers(world, tmp_path):
+    """What is not cached ends in one line, what is cached is used: at --max-length it was read."""
+    snapshot = tmp_path / "hub/models--tiny--mine/snapshots/1"
+    shutil.copytree(world / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1")
+    commit = ("from data.support import errors, models\n"
+              "raise SystemExit(errors.one_line_errors(models.fingerprint)('tiny/none'))")
+    train_it = [ROOT / "train.py", *words(RUN, world, "--max-length 999 --model tiny/mine")]
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        silent.listen()
+        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+               "HF_ENDPOINT": f"http://localhost:{silent.getsockname()[1]}"}
+        started = [subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE,
+                                    text=True) for command in (["-c", commit], train_it)]
+        try:
+            said = [process.communicate(timeout=120)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    assert [process.returncode for process in started] == [2, 2]
+    assert re.fullmatch("error: tiny/none: its commit is unknown.*\n", said[0])
+    assert re.fullmatch("error: --max-length 999: .*\n", said[1])
 
 
 def test_more_tokens_than_embeddings(world, tmp_path, capfd):
