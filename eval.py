@@ -652,6 +652,7 @@ def one_spelling(path):
 def main(argv=None):
     options = arguments(argv)
     distributed.start(options.device)
+    distributed.agree("eval.py", vars(options) | {"device": None})  # each may have its own
     study = muse if options.muse else tofu if options.forget else saved
     entries, column = study(options)
     columns = [column(entry) for entry in entries.values()]
