@@ -6,9 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -366,32 +363,6 @@ def test_bad_models(name, world, tmp_path, capfd):
     if name in ("no config", "remote code", "no EOS", "encoder"):
         argv = words(RUN.replace("--model {model}", "--init spoilt"), world)
         assert_refused(train, argv, place, capfd, *folders)
-
-
-def test_a_hub_that_never_answers(world, tmp_path):
-    """What is not cached ends in one line, what is cached is used: at --max-length it was read."""
-    snapshot = tmp_path / "hub/models--tiny--mine/snapshots/1"
-    shutil.copytree(world / "model", snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs/main").write_text("1")
-    commit = ("from data.support import errors, models\n"
-              "raise SystemExit(errors.one_line_errors(models.fingerprint)('tiny/none'))")
-    train_it = [ROOT / "train.py", *words(RUN, world, "--max-length 999 --model tiny/mine")]
-    with socket.socket() as silent:
-        silent.bind(("localhost", 0))
-        silent.listen()
-        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
-               "HF_ENDPOINT": f"http://localhost:{silent.getsockname()[1]}"}
-        started = [subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE,
-                                    text=True) for command in (["-c", commit], train_it)]
-        try:
-            said = [process.communicate(timeout=120)[1] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    assert [process.returncode for process in started] == [2, 2]
-    assert re.fullmatch("error: tiny/none: its commit is unknown.*\n", said[0])
-    assert re.fullmatch("error: --max-length 999: .*\n", said[1])
 
 
 def test_more_tokens_than_embeddings(world, tmp_path, capfd):
