@@ -555,6 +555,11 @@ BROKEN = {  # template, Prompt, message
     "an error": ("{{ 1 / 0 }}", Prompt(), "^--template chat: .*division"),
     "no Jinja": ("{% for %}", Prompt(), "^--template chat: "),
     "no answer": ("{{ messages[0].content }}<|end|>", Prompt(), "^f:3: .*--template plain"),
+    "no question": ("<|user|>{{ messages[-1].content }}<|end|>", Prompt(), "^f:3: .*this question"),
+    "half the question": ("{% for m in messages %}{{ m.content[:4] if m.role == 'user' else "
+                          "m.content }}<|end|>{% endfor %}", Prompt(), "^f:3: .*this question"),
+    "the question last": ("{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}",
+                          Prompt(), "^f:3: .*this question"),
     "half the answer": ("{% for m in messages %}{{ m.content.split()[-1] }}{% endfor %}", Prompt(),
                         "^f:3: .*--template plain"),
     "this answer": ("{% for m in messages %}{{ 1 / (m.content | length - 2) }}{{ m.content }}"
@@ -567,9 +572,9 @@ def test_chat_templates_that_cannot_be_used(name):
     template, prompt, message = BROKEN[name]
     answer = "He" if name == "this answer" else "He did."
     with pytest.raises(InputError, match=message):
-        encode_answers(chat_with(template), ["Who?"], [answer], prompt, ["f:3"])
+        encode_answers(chat_with(template), ["Who is he?"], [answer], prompt, ["f:3"])
     with pytest.raises(InputError, match=message.replace("f:3", "--template chat")):
-        encode_answers(chat_with(template), ["Who?"], [answer], prompt)
+        encode_answers(chat_with(template), ["Who is he?"], [answer], prompt)
 
 
 # Files

@@ -386,7 +386,8 @@ def check_mergeable(model, expected):
     other += [name for name, p in model.named_parameters()
               if p.requires_grad and id(p) not in known and not is_adapter(model, name)]
     require(not other, f"train.adapt: {next(iter(other), '')} has no place in the plain model that "
-            "is saved; only what is there is trained, and adapters that merge into it (LoRA, IA3)")
+            "is saved; train its own weights, or adapters that merge into them (LoRA without "
+            "modules_to_save, IA3, LoHa ...)")
     uses = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(p), []).append(name)
