@@ -717,6 +717,7 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.jsonl", json.dumps(json.dumps(QA, indent=2))), ("a.txt", str(QA)),
     ("a.txt", "id,text\n1,He."), ("a.txt", "question: Who?\nanswer: He.\n"),
     ("a.txt", '[[qa]]\nquestion = "Who?"\nanswer = "I."'),
+    ("a.txt", "- {question: Who?, answer: He.}\n"), ("a.txt", f"# of May\n{json.dumps(QA[0])}"),
     ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):

@@ -134,8 +134,8 @@ PAIRED = set("id text label question answer prompt completion instruction input 
 
 def check_prose(where, text):
     """Raise InputError for a text that is records: JSON, however often encoded and however
-    indented, their Python form, a table whose first line names its columns, or lines that begin
-    with a field's name (YAML, TOML)."""
+    indented, their Python form, a table whose first line names its columns, or what begins with
+    names of fields and their values (YAML, TOML, JSON after a comment)."""
     head = text.strip().split("\n", 1)[0]
     found = re.match(r"""[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
     for part in (head, text):
@@ -144,7 +144,8 @@ def check_prose(where, text):
     require(not found, f"{where}: a text that is JSON itself; write records as objects, one a "
             "line, into a file that ends in .jsonl")
     names = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
-    names |= {*re.findall(r"""(?m)^[- {]*['"]?(\w+)['"]? *[:=]\s""", text.strip()[:1000])}
+    start = text.strip()[:1000]
+    names |= {*re.findall(r"""(?m)(?:^|[{,])[- {]*['"]?(\w+)['"]? *[:=]\s""", start)}
     require(len(names & PAIRED) < 2, f"{where}: a table or records, not a text; write records as "
             "JSON objects, one a line, into a file that ends in .jsonl")
 

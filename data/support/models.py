@@ -179,6 +179,8 @@ def check_model_folder(path, weights):
     for file in folder.glob("*.*"):
         with blame(file, "cannot be read"):
             pointer = file.is_file() and POINTER.match(file.open("rb").read(1000))
+            if file.name == "generation_config.json":  # transformers passes over a damaged one
+                json.loads(file.read_bytes())
         require(not pointer, f"{file}: {POINTER_SAYS}")
     # transformers would put an adapter on top of weights that may hold it already
     require("adapter_config.json" not in names, f"{path}: holds {ADAPTER}")
