@@ -339,7 +339,6 @@ BAD_MODELS = {  # what is done to a sound folder, words after its name
     "no room": (config(max_position_embeddings=-1), "*max_position_embeddings -1 "),
     "no room at all": (config(max_position_embeddings=0), "*max_position_embeddings 0 "),
     "remote code": (remote_code(), "*config.json"),
-    "half a generation config": (cut("generation_config.json", 9), "/generation_config.json: can"),
     # tokenizer
     "remote tokenizer": (remote_code("llama", "EvilTokenizer"), "*tokenizer"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "*tokenizer"),
