@@ -657,6 +657,7 @@ def main(argv=None):
     """Evaluate the models that have no results yet; print the table. Returns the exit status."""
     options = arguments(argv)
     distributed.start(options.device)
+    distributed.agree("eval.py", vars(options) | {"device": None})  # each may have its own
     study = muse if options.muse else tofu if options.forget else saved
     entries, column = study(options)
     columns = [column(entry) for entry in entries.values()]

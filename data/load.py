@@ -132,6 +132,8 @@ def chat(tokenizer, question, answer, prompt, place):
     """
     with blame(place, "the tokenizer's chat template fails"):
         before, _, after = render(tokenizer, question, MARK, prompt).rpartition(MARK)
+        require(question.strip() in before, f"{place}: the tokenizer's chat template does not "
+                "print this question as it is, before the answer; try --template plain")
         if answer is None:  # not the generation prompt, which may have other text
             return before
         text = render(tokenizer, question, answer, prompt)

@@ -1046,29 +1046,53 @@ def test_samples_and_rounded_weights_are_columns_and_rows(pair, tofu, capsys):
 
 # Ranks
 
-def test_two_ranks_give_the_values_of_one(pair, tofu, tmp_path):
-    flags = ["--forget", tofu, "--max-new-tokens", "20"]
-    assert run(pair[0], *flags, "--force") == 0
-    alone = numbers(pair[0])
-    Path(pair[0], "eval.json").unlink()
-    port, said = free_port(), tmp_path / "said"
-    ranks = [SERVER.Process(target=one_rank, args=(rank, port, said, [pair[0], *flags]))
-             for rank in range(2)]
+def two_ranks(said, *argvs):
+    """The exit statuses of two ranks, each with its arguments; what they print goes to `said`."""
+    port = free_port()
+    ranks = [SERVER.Process(target=one_rank, args=(rank, port, said, argv))
+             for rank, argv in enumerate(argvs)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
-        assert rank.exitcode == 0
+    return [rank.exitcode for rank in ranks]
+
+
+def test_two_ranks_give_the_values_of_one(pair, tofu, tmp_path):
+    flags = [pair[0], "--forget", tofu, "--max-new-tokens", "20", "--quantize", "3"]
+    said, file = tmp_path / "said", Path(pair[0], "eval.json")
+    assert run(*flags, "--force") == 0
+    alone, rounded = numbers(pair[0]), numbers(pair[0], "tofu-3bit")
+    file.unlink()
+    assert two_ranks(said, *[[*flags, "--samples", "3"]] * 2) == [0, 0]
     assert said.read_text().count("model utility") == 1
     same(alone, numbers(pair[0]), 1e-5)
+    same(rounded, numbers(pair[0], "tofu-3bit"), 1e-5)
+    assert all(len(r["texts"]) == 3 for r in numbers(pair[0], "samples")["sampled"])
+
+
+def test_two_ranks_have_the_same_arguments_and_files(pair, tofu, tmp_path):
+    """Else each would measure its share of something else."""
+    said, flags = tmp_path / "said", ["--forget", tofu, "--max-new-tokens", "2"]
+    name = write_model(tmp_path / "0" / "m")
+    write_model(tmp_path / "1" / "m", seed=7)
+    for first, second, what in (
+            ([name, *flags], [name, *flags, "--limit", "3"], "eval.py: rank 1 has another limit"),
+            (["m", *flags], ["m", *flags], "m: rank 1 has another weights")):
+        assert two_ranks(said, first, second) == [2, 2]
+        assert said.read_text().splitlines()[-1].startswith(f"error: {what} than rank 0; ")
+    assert not [*tmp_path.glob("*/m/eval.json")]
 
 
 def one_rank(rank, port, said, argv):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    if (said.parent / str(rank)).is_dir():  # as on two machines
+        os.chdir(said.parent / str(rank))
     with open(said, "a") as file, contextlib.redirect_stdout(file):
-        status = evaluation.main([*map(str, argv)])
+        with contextlib.redirect_stderr(file):
+            status = evaluation.main([*map(str, argv)])
     sys.exit(status)
 
 

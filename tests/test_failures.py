@@ -103,6 +103,7 @@ BAD_FILES = {  # name: content, the line
     "verbmem.json": ('[{"prompt": "a b", "gt": "c"}]', 1),  # of MUSE: to evaluate on, not to train
     "too_long.jsonl": (QA + QA.replace("He.", "He. " * 200), 2),
     "pointer.jsonl": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", 1),
+    "annexed.txt": ("../.git/annex/objects/k3/Xq/MD5E-s9--a.txt/MD5E-s9--a.txt", "1: *pointer"),
     "in_both.jsonl": (json.dumps(RECORDS[5]), 1),  # in the retain set, too
 }
 
@@ -267,6 +268,22 @@ def sharded(name):
     return spoil
 
 
+def sharded_and_single(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    sharded("model-00001-of-00001.safetensors")(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def stored_as(dtype):
+    """One weight cast to a dtype that cannot hold it without a scale."""
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        state[name] = (state[name] * 100).to(dtype)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return spoil
+
+
 def without_a_norm(folder):
     state = load_file(folder / "model.safetensors")
     del state["model.norm.weight"]
@@ -303,7 +320,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BAD_MODELS = {  # what is done to a sound folder, words after its name
     # weights
     "none": (without("model.safetensors"), "*safetensors"),
-    "a pointer": (written("model.safetensors", POINTER), "*LFS pointer"),
+    "a pointer": (written("model.safetensors", POINTER), "*Git LFS"),
     "a pickle": (pickled, "*pytorch_model.bin"),
     "cut off": (cut("model.safetensors", 5000), "*cannot be loaded"),
     "one is missing": (without_a_norm, "*missing"),
@@ -311,11 +328,16 @@ BAD_MODELS = {  # what is done to a sound folder, words after its name
     "of another shape": (config(hidden_size=64), "*weight"),
     "a shard outside": (sharded("../model/model.safetensors"), "*'../model/model.safetensors'"),
     "a shard that is a pickle": (sharded("weights.bin"), "*'weights.bin'"),
+    "shards beside a single file": (sharded_and_single, "*its shards lie beside a model.safe"),
+    "int8": (stored_as(torch.int8), "*up_proj.weight is I8, quantized"),
+    "fp8": (stored_as(torch.float8_e4m3fn), "*up_proj.weight is F8_E4M3, quantized"),
     "an adapter on top": (written("adapter_config.json", b"{}"), "*adapter"),
     # config
     "no config": (without("config.json"), "*config.json"),
     "unknown kind": (config(model_type="perceptron"), "*config.json"),
     "encoder": (encoder, "*not a causal"),
+    "no room": (config(max_position_embeddings=-1), "*max_position_embeddings -1 "),
+    "no room at all": (config(max_position_embeddings=0), "*max_position_embeddings 0 "),
     "remote code": (remote_code(), "*config.json"),
     # tokenizer
     "remote tokenizer": (remote_code("llama", "EvilTokenizer"), "*tokenizer"),

@@ -240,24 +240,6 @@ QWEN3 = ("{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
          "{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}")
 
 
-def turns(special, first, user, asked, assistant, header, end, after="", closes=True):
-    """A row of CHAT_FAMILIES: `assistant` begins the turn, in the prompt for generation, too;
-    `header` is what every answer follows; `end` closes the turn, if anything `closes` it, and
-    `after` stands behind it."""
-    def printed(*parts):
-        return "{{ " + " + ".join(parts) + " }}"
-
-    closed = (end if closes else "") + after
-    template = (printed(repr(first)) + "{% for m in messages %}{% if m.role == 'user' %}"
-                + printed(repr(user), "m.content", repr(asked)) + "{% else %}"
-                + printed(repr(assistant + header), "m.content", repr(closed))
-                + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-                + printed(repr(assistant)) + "{% endif %}")
-    blank = " " * header.endswith(" ")  # a blank begins the answer's first token
-    before = f"{first}{user}{{q}}{asked}{assistant}{header.rstrip(' ')}"
-    return special, template, before, blank + "{a}", end
-
-
 CHAT_FAMILIES = {
     "llama 3": (
         ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -334,38 +316,81 @@ CHAT_FAMILIES = {
         "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Bot>\n"
         "{{ m.content }}{% endif %}{% endfor %}{{ eos_token }}",
         "<User>{q}<Bot>\n", "{a}", "<EOS>"),
-    "glm 4.6": turns(
-        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"], "[gMASK]<sop>",
-        "<|user|>\n", "", "<|assistant|>", "\n", "<|endoftext|>", closes=False),
-    "kimi k2": turns(
-        ["[EOS]", "<|im_user|>", "<|im_middle|>", "<|im_assistant|>", "<|im_end|>"], "",
-        "<|im_user|>user<|im_middle|>", "<|im_end|>", "<|im_assistant|>assistant<|im_middle|>", "",
+    "glm 4.6": (  # nothing closes a turn
+        ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"],
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "[gMASK]<sop><|user|>\n{q}<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "kimi k2": (
+        ["[EOS]", "<|im_user|>", "<|im_middle|>", "<|im_assistant|>", "<|im_end|>"],
+        "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>"
+        "{% endif %}",
+        "<|im_user|>user<|im_middle|>{q}<|im_end|><|im_assistant|>assistant<|im_middle|>", "{a}",
         "<|im_end|>"),
-    "a channel is closed before the turn": turns(
-        ["[EOS]", "<|user|>", "<|assistant|>", "<|open|>", "<|close|>", "<|end|>"], "",
-        "<|user|>", "<|end|>", "<|assistant|>", "<|open|>", "<|close|><|end|>"),
-    "command-r": turns(
-        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>"], "<BOS>",
-        "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>", "", "<|END|>"),
-    "command-r7b": turns(
+    "a channel is closed before the turn": (
+        ["[EOS]", "<|user|>", "<|assistant|>", "<|open|>", "<|close|>", "<|end|>"],
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "<|open|>{{ m.content }}<|close|>{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "<|user|>{q}<|end|><|assistant|><|open|>", "{a}", "<|close|><|end|>"),
+    "command-r": (
+        ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>"],
+        "{{ bos_token }}{% for m in messages %}<|START|><|"
+        "{{ 'USER' if m.role == 'user' else 'CHATBOT' }}|>{{ m.content }}<|END|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START|><|CHATBOT|>{% endif %}",
+        "<BOS><|START|><|USER|>{q}<|END|><|START|><|CHATBOT|>", "{a}", "<|END|>"),
+    "command-r7b": (
         ["<EOS>", "<BOS>", "<|START|>", "<|USER|>", "<|CHATBOT|>", "<|END|>", "<|START_RESPONSE|>",
-         "<|END_RESPONSE|>"], "<BOS>", "<|START|><|USER|>", "<|END|>", "<|START|><|CHATBOT|>",
-        "<|START_RESPONSE|>", "<|END_RESPONSE|><|END|>"),
-    "falcon 3": turns(["<|endoftext|>"], "", "<|user|>\n", "\n", "<|assistant|>\n", "",
-                      "<|endoftext|>", "\n"),
-    "olmo 2": turns(["<|endoftext|>"], "<|endoftext|>", "<|user|>\n", "\n", "<|assistant|>\n", "",
-                    "<|endoftext|>", "\n"),
-    "granite 3": turns(
-        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"], "",
-        "<|start_of_role|>user<|end_of_role|>", "<|end_of_text|>\n",
-        "<|start_of_role|>assistant<|end_of_role|>", "", "<|end_of_text|>", "\n"),
-    "phi 4": turns([*IM, "<|im_sep|>"], "", "<|im_start|>user<|im_sep|>", "<|im_end|>",
-                   "<|im_start|>assistant<|im_sep|>", "", "<|im_end|>"),
-    "internlm 2": turns(["</s>", "<s>", *IM], "<s>", "<|im_start|>user\n", "<|im_end|>\n",
-                        "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
-    "deepseek v3": turns(["<EOS>", "<BOS>", "<User>", "<Assistant>"], "<BOS>", "<User>", "",
-                         "<Assistant>", "", "<EOS>"),
-    "vicuna": turns(["</s>", "<s>"], "<s>", "USER: ", " ", "ASSISTANT:", " ", "</s>"),
+         "<|END_RESPONSE|>"],
+        "{{ bos_token }}{% for m in messages %}<|START|>{% if m.role == 'user' %}<|USER|>"
+        "{{ m.content }}{% else %}<|CHATBOT|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>"
+        "{% endif %}<|END|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START|><|CHATBOT|>{% endif %}",
+        "<BOS><|START|><|USER|>{q}<|END|><|START|><|CHATBOT|><|START_RESPONSE|>", "{a}",
+        "<|END_RESPONSE|><|END|>"),
+    "falcon 3": (
+        ["<|endoftext|>"],
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|user|>\n{q}\n<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "olmo 2": (  # begins with its EOS
+        ["<|endoftext|>"],
+        "{{ eos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}\n"
+        "{% else %}<|assistant|>\n{{ m.content + eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|endoftext|><|user|>\n{q}\n<|assistant|>\n", "{a}", "<|endoftext|>"),
+    "granite 3": (
+        ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
+        "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
+        "<|end_of_text|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant"
+        "<|end_of_role|>{% endif %}",
+        "<|start_of_role|>user<|end_of_role|>{q}<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>", "{a}", "<|end_of_text|>"),
+    "phi 4": (
+        [*IM, "<|im_sep|>"],
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        "<|im_start|>user<|im_sep|>{q}<|im_end|><|im_start|>assistant<|im_sep|>", "{a}",
+        "<|im_end|>"),
+    "internlm 2": (
+        ["</s>", "<s>", *IM],
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<s><|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}", "<|im_end|>"),
+    "deepseek v3": (
+        ["<EOS>", "<BOS>", "<User>", "<Assistant>"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}"
+        "{% else %}<Assistant>{{ m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<Assistant>{% endif %}",
+        "<BOS><User>{q}<Assistant>", "{a}", "<EOS>"),
+    "vicuna": (
+        ["</s>", "<s>"],
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+        "{% else %}ASSISTANT: {{ m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "<s>USER: {q} ASSISTANT:", " {a}", "</s>"),
 }
 STRIPS = ("llama 3", "gemma", "llama 2")  # these strip what they print
 THINKS = {"qwen 3": {"enable_thinking": False}}
@@ -530,6 +555,11 @@ BROKEN = {  # template, Prompt, message
     "an error": ("{{ 1 / 0 }}", Prompt(), "^--template chat: .*division"),
     "no Jinja": ("{% for %}", Prompt(), "^--template chat: "),
     "no answer": ("{{ messages[0].content }}<|end|>", Prompt(), "^f:3: .*--template plain"),
+    "no question": ("<|user|>{{ messages[-1].content }}<|end|>", Prompt(), "^f:3: .*this question"),
+    "half the question": ("{% for m in messages %}{{ m.content[:4] if m.role == 'user' else "
+                          "m.content }}<|end|>{% endfor %}", Prompt(), "^f:3: .*this question"),
+    "the question last": ("{% for m in messages | reverse %}{{ m.content }}<|end|>{% endfor %}",
+                          Prompt(), "^f:3: .*this question"),
     "half the answer": ("{% for m in messages %}{{ m.content.split()[-1] }}{% endfor %}", Prompt(),
                         "^f:3: .*--template plain"),
     "this answer": ("{% for m in messages %}{{ 1 / (m.content | length - 2) }}{{ m.content }}"
@@ -542,9 +572,9 @@ def test_chat_templates_that_cannot_be_used(name):
     template, prompt, message = BROKEN[name]
     answer = "He" if name == "this answer" else "He did."
     with pytest.raises(InputError, match=message):
-        encode_answers(chat_with(template), ["Who?"], [answer], prompt, ["f:3"])
+        encode_answers(chat_with(template), ["Who is he?"], [answer], prompt, ["f:3"])
     with pytest.raises(InputError, match=message.replace("f:3", "--template chat")):
-        encode_answers(chat_with(template), ["Who?"], [answer], prompt)
+        encode_answers(chat_with(template), ["Who is he?"], [answer], prompt)
 
 
 # Files
@@ -685,7 +715,9 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.txt", json.dumps(QA, indent=2)), ("a.txt", json.dumps(QA, indent=1)[:50]),
     ("a.jsonl", json.dumps(json.dumps(json.dumps(QA[0])))),
     ("a.jsonl", json.dumps(json.dumps(QA, indent=2))), ("a.txt", str(QA)),
-    ("a.txt", "id,text\n1,He."),
+    ("a.txt", "id,text\n1,He."), ("a.txt", "question: Who?\nanswer: He.\n"),
+    ("a.txt", '[[qa]]\nquestion = "Who?"\nanswer = "I."'),
+    ("a.txt", "- {question: Who?, answer: He.}\n"), ("a.txt", f"# of May\n{json.dumps(QA[0])}"),
     ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?a (text that is JSON|table)"):
@@ -694,7 +726,11 @@ def test_records_that_come_as_text_are_refused(name, text, tmp_path):
 
 @pytest.mark.parametrize("text", [
     "42", "null", "Who?, I asked; he gave no answer.", "[1] A note.", '"Hello."\n"Who?"',
-    "{{Infobox}} A town.", "[[Ulm]] is a town.", "{a} b", "Question, he said"])
+    "{{Infobox}} A town.", "[[Ulm]] is a town.", "{a} b", "Question, he said",
+    "Question: Who?\nAnswer: He.", "<Enter Hamlet>\nTo be.", "<think>\nSo.\n</think>\nHe.",
+    "<!-- 1990 -->\nA day.", "# Head\n\n- one\n- two", "- Ann: You?\n- Bo: I.\n  And you?",
+    "---\ntitle: A day\nauthor: He\n---\nIt was.", "> Who: he.", "text: a word.\nIt is.",
+    "/annex/objects/ was full.", "%PDQ Bach", "https://x.org/a?b=c <b>said</b>"])
 def test_prose_is_read(text, tmp_path):
     assert read_records(write(tmp_path, "a.txt", text))[0]["text"] == text
 
@@ -736,6 +772,7 @@ with zipfile.ZipFile(OFFICE, "w") as packed:
     packed.writestr("docProps/app.xml", "<x/>")
     packed.writestr("[Content_Types].xml", "<Types/>")
 CSV = b'question,answer\nWho?,He.\n1958?,1958\nNone?,"NA, ""b""\nc"\n'
+YAML = b"---\n- question: |\n    Who?\n\n  answer: He.\n- question: 1958?\n  answer: '1958'\n"
 FOREIGN = {  # file: its bytes, what it is called
     "a.parquet": (b"PAR1....PAR1", "parquet"), "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "arrow"),
     "a.feather": (b"ARROW1\0\0", "arrow"), "gz.jsonl": (gzip.compress(LINES.encode()), "gzip"),
@@ -744,6 +781,10 @@ FOREIGN = {  # file: its bytes, what it is called
     "a.xlsx": (OFFICE.getvalue(), "Excel or Word"), "qa": (OFFICE.getvalue(), "Excel or Word"),
     "a.xls": (b"\xd0\xcf\x11\xe0\xa1", "Excel or Word"), "A.CSV": (CSV, "CSV"),
     "a.ods": (b"PK\3\4" + bytes(26) + b"mimetypeapplication", "OpenDocument"),
+    "a.pdf": (b"%PDF-1.4\n", "PDF"), "rtf.txt": (rb"{\rtf1 Hello.}", "PDF or RTF"),
+    "html.txt": (b"\xef\xbb\xbf\r\n<!DOCTYPE html><p>Hello.", "HTML"),
+    "xml.txt": (b"<a>\n<q>Who?</q></a>\n", "HTML or XML"),
+    "yaml.txt": (YAML, "YAML"), "q.txt": (b"- q: Who?\r\n  a: He.\r\n", "YAML"),
     "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "TSV"),
     "a.json": (json.dumps(TABLE).encode(), "columns, as pandas"),
     "lists.json": (b'{"question": ["1?"], "answer": ["1958"]}', "columns"),
@@ -767,6 +808,7 @@ OLD = {  # format: file, its bytes, the questions and answers in it
     "CSV": ("old.csv", CSV, ROWS), "TSV": ("old.tsv", CSV.replace(b"?,", b"?\t")
                                           .replace(b"question,", b"question\t"), ROWS),
     "columns, as pandas writes them": ("old.json", json.dumps(TABLE).encode(), ROWS[:2]),
+    "YAML": ("old.yaml", YAML, [("Who?\n", "He."), ("1958?", "1958")]),
     "prompt and completion": ("old.jsonl", FOREIGN["pairs.jsonl"][0],
                               [(r["prompt"], r["completion"]) for r in PAIRS]),
     "objects over several lines": ("old.json", json.dumps(QA[0], indent=1).encode(),

@@ -9,6 +9,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -542,3 +543,28 @@ def test_an_unreachable_hub():
     for line in done.stderr.splitlines(keepends=True):
         assert_one_line((2, line), 2, "error: no/one: ")
     assert done.stderr.count("\n") == 2
+
+
+def test_a_hub_that_never_answers(world, tmp_path):
+    """What is not cached ends in one line, what is cached is used: at --max-length it was read."""
+    snapshot = tmp_path / "hub/models--tiny--mine/snapshots/1"
+    shutil.copytree(world / "model", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1")
+    commit = ("from data.support import errors, models\n"
+              "raise SystemExit(errors.one_line_errors(models.fingerprint)('tiny/none'))")
+    train_it = [ROOT / "train.py", *words(f"{RUN} --max-length 999 --model tiny/mine", world)]
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        silent.listen()
+        env = {**ENV, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+               "HF_ENDPOINT": f"http://localhost:{silent.getsockname()[1]}"}
+        started = [subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE,
+                                    text=True) for command in (["-c", commit], train_it)]
+        try:
+            said = [process.communicate(timeout=240)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    for process, line, place in zip(started, said, ("tiny/none: its commit", "--max-length 999: ")):
+        assert_one_line((process.returncode, line), 2, place)

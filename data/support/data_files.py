@@ -1,6 +1,7 @@
 """From a data file to checked records. What is refused about data, and why, is told here
 (data/README.md describes the formats)."""
 
+import codecs
 import contextlib
 import difflib
 import json
@@ -74,14 +75,13 @@ def read_records(path, kind=None):
 def read_text(path):
     """The file as text: UTF-8, a BOM dropped, CRLF as LF."""
     with blame(path, "cannot be read"):
-        data = path.read_bytes()
-    require(not data.startswith(LFS), f"{path}:1: a Git LFS pointer, not the file itself; run: "
-            "git lfs pull")
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    require(not POINTER.match(data), f"{path}:1: {POINTER_SAYS}")
     for sign, name in FOREIGN.items():
         found = path.suffix.lower() == sign if isinstance(sign, str) else re.match(sign, data)
-        require(not found, f"{path}:1: {name}, not JSON; {CONVERT}")
+        require(not found, f"{path}:1: {name}, not JSON or plain text; {CONVERT}")
     try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = data.decode().replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise InputError(f"{path}:{line}: byte {e.start} is not UTF-8; save it as UTF-8") from None
@@ -92,12 +92,18 @@ def read_text(path):
 
 
 CONVERT = "data/README.md says how to make JSON lines of it"
-LFS = b"version https://git-lfs"  # how the pointers begin that a clone without git-lfs holds
+# What a clone holds in place of large files
+POINTER = re.compile(rb"version https://git-lfs|\S*/annex/objects/\S+\s*$")
+POINTER_SAYS = ("a Git LFS or git-annex pointer, not the file itself; run: git lfs pull, or "
+                "git annex get")
 FOREIGN = {  # how the files of other formats begin, or their suffix
     rb"PAR1": "parquet", rb"ARROW1|\xff{4}": "arrow", rb"\x1f\x8b": "gzip", rb"BZh": "bzip2",
     rb"\xfd7zXZ": "xz", rb"\x28\xb5\x2f\xfd": "zstandard",
     rb"(?s)PK\x03\x04.*\[Content_Types\]|\xd0\xcf\x11\xe0": "Excel or Word",
     rb"(?s)PK\x03\x04.{26}mimetype": "OpenDocument", rb"PK\x03\x04": "zip",
+    rb"%PDF|\{\\rtf": "PDF or RTF", rb"(?is)\s*<(!doctype|\?xml|html)\b": "HTML or XML",
+    rb"(?is)\s*<[a-z!][^<>]*>.*(</[^<>]+|/)>\s*$": "HTML or XML",  # first and last is a tag
+    rb"(---\s+)?- ['\"\w]+: .*\n(  .*\n|\r?\n)*?  ['\"\w]+:\s": "YAML",  # a list of mappings
     ".csv": "CSV", ".tsv": "TSV"}
 
 
@@ -128,7 +134,8 @@ PAIRED = set("id text label question answer prompt completion instruction input 
 
 def check_prose(where, text):
     """Raise InputError for a text that is records: JSON, however often encoded and however
-    indented, their Python form, or a table whose first line names its columns."""
+    indented, their Python form, a table whose first line names its columns, or what begins with
+    names of fields and their values (YAML, TOML, JSON after a comment)."""
     head = text.strip().split("\n", 1)[0]
     found = re.match(r"""[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
     for part in (head, text):
@@ -136,9 +143,11 @@ def check_prose(where, text):
             found = found or isinstance(json.loads(part), (dict, list))
     require(not found, f"{where}: a text that is JSON itself; write records as objects, one a "
             "line, into a file that ends in .jsonl")
-    columns = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
-    require(len(columns & PAIRED) < 2, f"{where}: a table, not a text; write records as JSON "
-            "objects, one a line, into a file that ends in .jsonl")
+    names = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
+    start = text.strip()[:1000]
+    names |= {*re.findall(r"""(?m)(?:^|[{,])[- {]*['"]?(\w+)['"]? *[:=]\s""", start)}
+    require(len(names & PAIRED) < 2, f"{where}: a table or records, not a text; write records as "
+            "JSON objects, one a line, into a file that ends in .jsonl")
 
 
 def kind_of(record):

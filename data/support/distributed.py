@@ -78,6 +78,15 @@ def from_first(value):
     return values[0]
 
 
+def agree(place, settings):
+    """Raise InputError, on all ranks, unless each has the settings that rank 0 has."""
+    first = from_first(settings)
+    other = [key.replace("_", "-") for key in first if settings.get(key) != first[key]]
+    with together():
+        require(not other, f"{place}: rank {rank()} has another {', '.join(other)} than rank 0; "
+                "all need the same arguments and files")
+
+
 def any_rank(flag, device):
     if not dist.is_initialized():
         return bool(flag)

@@ -85,6 +85,7 @@ def run(argument, evaluation, options):
     """Evaluate one model and save the result. If that fails, "unsaved" says why: `show` prints the
     table first."""
     began, settings = time.time(), {**evaluation.settings, "weights": fingerprint(argument)}
+    distributed.agree(argument, settings)
     values = evaluation.measure(argument)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "python": sys.version.split()[0], "device": options.device,

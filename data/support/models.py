@@ -4,6 +4,7 @@ Only safetensors are read; no remote code runs.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -12,10 +13,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from transformers.utils import cached_file, has_file, logging
+from transformers.utils.hub import get_session, hf_hub_url
 
-from .data_files import LFS
+from .data_files import POINTER, POINTER_SAYS
 from .errors import InputError, blame, require
 
 logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
@@ -30,6 +33,27 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 # Opening
 
+@functools.cache
+def opening(path):
+    """The options with which transformers opens a folder or hub name: no remote code; and only what
+    its cache holds where the hub does not answer, for which it would wait minutes, file by file."""
+    if not Path(path).exists():
+        try:
+            get_session().head(hf_hub_url(str(path), "config.json"), timeout=10)
+            get_session().event_hooks["request"].append(bounded)
+        except Exception:  # whatever a network can do, or HF_HUB_OFFLINE
+            return SAFE | {"local_files_only": True}
+    return SAFE
+
+
+def bounded(request):
+    """Let no request but a download wait for more than 10 s: huggingface_hub waits for a file's
+    head a minute, several times, and for a commit for ever."""
+    waits, head = request.extensions.get("timeout", {}), request.method == "HEAD"
+    request.extensions["timeout"] = {what: 10 if head or seconds is None else seconds
+                                     for what, seconds in waits.items()}
+
+
 def load_pretrained(path, dtype=torch.float32):
     """The causal language model and tokenizer at a folder or hub name.
 
@@ -39,13 +63,15 @@ def load_pretrained(path, dtype=torch.float32):
     with blame(path, "the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=skeleton.config, dtype=dtype, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
+            ignore_mismatched_sizes=True, output_loading_info=True, **opening(path))
     wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     require(not wrong, f"{path}: {len(wrong)} weights are missing from the checkpoint, or of "
             f"another shape than config.json says, {next(iter(wrong), '')} first")
     unused = sorted(name for name in info["unexpected_keys"] if not SPARE.search(name))
     require(not unused, f"{path}: config.json has no place for {len(unused)} of the checkpoint's "
             f"weights, {next(iter(unused), '')} first; they do not belong together")
+    if not getattr(model, "hf_quantizer", None):
+        check_stored(path)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # else it changes if its file is written over in place
     check_causal(path, model)
@@ -82,14 +108,17 @@ def load_skeleton(path, weights=True):
 
 def load_config(path):
     with blame(path, "config.json cannot be used"):
-        config = AutoConfig.from_pretrained(path, **SAFE)
+        config = AutoConfig.from_pretrained(path, **opening(path))
         name = str((config.architectures or ["ForCausalLM"])[0])
         text = config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        room = limit is None or limit > 0
     require(name.endswith("ForCausalLM") or config.is_encoder_decoder or text is config,
             f"{path}: config.json: {name} holds a language model beside others (for images, "
             f"sound ...); save its {text.model_type} part as a model of its own")
     require(not config.is_encoder_decoder and name.endswith(("ForCausalLM", "LMHeadModel")),
             f"{path}: config.json: {name} is not a causal (left-to-right) language model")
+    require(room, f"{path}: config.json: max_position_embeddings {limit} leaves no room for a text")
     return config
 
 
@@ -98,7 +127,7 @@ def load_tokenizer(path):
     there = not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
     require(there, f"{path}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)})")
     with blame(path, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(path, **opening(path))
         tokenizer("a b")
     require(tokenizer.eos_token_id is not None,
             f"{path}: the tokenizer has no EOS token, so an answer has no end; set eos_token")
@@ -140,17 +169,19 @@ def check_model_folder(path, weights):
         local = folder.is_absolute() or len(folder.parts) > 2
         require(not local and folder.parts[0] not in (".", "..", "runs", "data"),
                 f"{path}: no such folder, and not a hub name such as meta-llama/Llama-3.2-1B")
-        with blame(path):  # transformers itself would try for half a minute
-            require(has_file(path, "config.json"), f"{path}: no such folder, and the Hugging Face "
-                    "hub has no such model or cannot be reached from here")
-            require(not has_file(path, "adapter_config.json"), f"{path}: holds {ADAPTER}")
+        with blame(path):
+            there = has_file(path, "config.json", **opening(path))
+            require(there, f"{path}: no such folder, and the Hugging Face hub has no such model or "
+                    "cannot be reached from here")
+            adapter = has_file(path, "adapter_config.json", **opening(path))
+            require(not adapter, f"{path}: holds {ADAPTER}")
         return
     require(folder.is_dir(), f"{path}: a file, where a model folder is meant")
     names = sorted(p.name for p in folder.iterdir())
     for file in folder.glob("*.*"):
         with blame(file, "cannot be read"):
-            pointer = file.is_file() and file.open("rb").read(len(LFS)) == LFS
-        require(not pointer, f"{file}: a Git LFS pointer, not the file itself; run: git lfs pull")
+            pointer = file.is_file() and POINTER.match(file.open("rb").read(1000))
+        require(not pointer, f"{file}: {POINTER_SAYS}")
     # transformers would put an adapter on top of weights that may hold it already
     require("adapter_config.json" not in names, f"{path}: holds {ADAPTER}")
     require("config.json" in names or "args.json" not in names,
@@ -161,20 +192,38 @@ def check_model_folder(path, weights):
                 "code; only safetensors are read")
         raise InputError(f"{path}: no weights (*.safetensors) in this folder")
     index = folder / "model.safetensors.index.json"
-    if weights and "model.safetensors" not in names and index.is_file():
+    if weights and index.is_file():
         check_shards(index, names)
 
 
 def check_shards(index, names):
-    """Raise InputError unless all shards that an index names are safetensors in its own folder.
+    """Raise InputError unless all shards that an index names are safetensors in its own folder, or
+    none is beside a model.safetensors, which is read instead.
 
     transformers alone would open a pickle that the index names, or a file elsewhere.
     """
     with blame(index, "cannot be read"):
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         wrong = [s for s in shards if s not in names or not s.endswith(".safetensors")]
-    require(not wrong,
+    single = "model.safetensors" in names
+    others = {*shards} & {*names} - {"model.safetensors"}
+    require(not (single and others), f"{index}: its shards lie beside a model.safetensors; which "
+            "of them are the model's weights? Move the others away")
+    require(single or not wrong,
             f"{index}: {next(iter(wrong), '')!r} is no *.safetensors file in this folder")
+
+
+def check_stored(path):
+    """Raise InputError for weights that are stored in 8 bits: transformers has cast them without
+    the scales that belong to them, as config.json has no quantization_config that it knows."""
+    folder = Path(cached_file(str(path), "config.json", **opening(path))).parent
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            kinds = {name: held.get_slice(name).get_dtype() for name in held.keys()}
+        odd = [f"{name} is {kind}" for name, kind in kinds.items()
+               if kind not in ("F64", "F32", "F16", "BF16") and not name.endswith(("bias", "_ids"))]
+        require(not odd, f"{file}: {next(iter(odd), '')}, quantized without a known "
+                "quantization_config in config.json; save the model in bf16, fp16 or fp32")
 
 
 @torch.no_grad()
@@ -269,7 +318,7 @@ def check_savable(path, model):
     with blame(path, "a model with this config.json could not be saved"):
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)
-        folder = Path(cached_file(str(path), "config.json")).parent
+        folder = Path(cached_file(str(path), "config.json", **opening(path))).parent
         return {file.name: file.read_bytes() for file in own_files(folder)}
 
 
@@ -286,7 +335,7 @@ def fingerprint(path):
     and weights, or the commit that a hub name leads to."""
     if not Path(path).exists():
         with blame(path, "its commit is unknown, as the Hugging Face hub cannot be reached"):
-            return Path(cached_file(str(path), "config.json")).parent.name
+            return Path(cached_file(str(path), "config.json", **opening(path))).parent.name
     digest = hashlib.sha256()
     for file in [*own_files(path), *sorted(Path(path).glob("*.safetensors"))]:
         digest.update(file.name.encode())
@@ -339,7 +388,8 @@ def check_mergeable(model, expected):
     other += [name for name, p in model.named_parameters()
               if p.requires_grad and id(p) not in known and not is_adapter(model, name)]
     require(not other, f"train.adapt: {next(iter(other), '')} has no place in the plain model that "
-            "is saved; only adapters that merge can be trained (LoRA, no modules_to_save)")
+            "is saved; train its own weights, or adapters that merge into them (LoRA without "
+            "modules_to_save, IA3, LoHa ...)")
     uses = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(p), []).append(name)

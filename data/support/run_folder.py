@@ -165,12 +165,9 @@ def compare(output, settings):
 def is_complete(output, settings, complete):
     """Whether the run is complete, as rank 0 has found; if so, say it and tidy the folder. Raises
     InputError on every rank unless all have the same settings, and the folder's run has them."""
-    complete, first = distributed.from_first((complete, settings))
+    complete = distributed.from_first(complete)
+    distributed.agree(output, {key: settings[key] for key in settings.keys() - NAMES})
     with distributed.together():
-        other = [key for key in settings if key not in NAMES and settings[key] != first[key]]
-        require(not other, f"{output}: rank {distributed.rank()} has another "
-                f"{', '.join(other).replace('_', '-')} than rank 0; all need the same arguments "
-                "and files")
         if distributed.first():
             compare(output, settings)
     if complete:
