@@ -24,7 +24,7 @@ from studies.common import (FOUR, ROOT, RUNS, STYLES, builtin, crossing, each, e
                             forget_weights, gradient_norm, load, number, pyplot, quantile, save_csv,
                             spread, table, token_means, train, watched, write_lines)
 from studies.methods import RETAIN, TOLD_OF
-from studies.null import FORGET, SEEDS
+from studies.null import FORGET, SEEDS, retrained_models
 
 FOLDER = RUNS / "bias"
 MIXED, LEARNED, NEVER = FOLDER / "mixed.jsonl", slice(0, 50), slice(50, 100)
@@ -42,7 +42,7 @@ def study(options):
     rows = [["gradient norm at the target", "learned half", "never-learned half"]]
     rows += [[method, *halves_pull(target, loss)] for method, loss in FOUR.items()]
     table("bias: where the gradient is", rows)
-    retrained = each(fine_tuned, [(RUNS / f"retain95-seed{s}", RETAIN, s) for s in SEEDS])
+    retrained = retrained_models()
     targets = each(fine_tuned, [(RUNS / f"target-seed{s}", ROOT / "data" / "full", s)
                                 for s in TOLD_OF])
     ends = each(token_means, [(model, MIXED) for model in (*retrained, *targets)])
@@ -85,6 +85,10 @@ def study(options):
              "crossing: retain": at[1] if at else "", "step": at[2] if at else "never"}
             for (method, (pull, lr), seed), (at, end) in found.items()]
     save_csv("bias", told)
+    save_csv("bias_null", [{"": label, "learned": exp_mean(known[LEARNED]),
+                            "never learned": exp_mean(known[NEVER])}
+                           for label, models in (("target", before), ("retrained", null))
+                           for known in models])
     if options.picture:
         draw(told, {"learned": (statistics.fmean(exp_mean(known[LEARNED]) for known in null),
                                 "should fall to this"),

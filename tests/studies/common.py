@@ -84,10 +84,10 @@ def fine_tuned(output, data, seed, flags="--epochs 16", base=Path("runs", "base"
 
 
 def curve(output):
-    """[(step, forget probability, retain probability)] after each epoch of a run."""
+    """[(step, forget probability, retain probability)] of a run: at the start, after each epoch."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["forget_prob"], line["retain_prob"]) for line in lines
-            if line.get("epoch")]
+            if "epoch" in line]
 
 
 def keep_only(output, kept=None):

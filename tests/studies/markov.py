@@ -11,9 +11,9 @@ mislead: what was never learned starts far from the truth.)
 Prediction, written before it was rerun. The paper: NPO spends its power on the chain that was never
 learned, and forgets short sequences worse; SimNPO does neither. Agreement: forget2's share of the
 change on both forget chains is larger for NPO than for SimNPO where forget2 was never learned, and
-smaller where it is short, in at least four of five seeds each (seed against seed). An earlier
-revision's figures (levels) are known to the writer; what they say of the first is unclear, and they
-speak against the second.
+smaller where it is short, in at least four of five seeds each (seed against seed). Disagreement:
+the opposite in at least four. Else undecided. An earlier revision's figures (levels) are known to
+the writer; what they say of the first is unclear, and they speak against the second.
 """
 
 import shutil
@@ -67,7 +67,7 @@ def next_state(model, ids):
     return model(input_ids=ids[:, :-1]).logits[..., make_markov.FIRST_STATE:].log_softmax(-1)
 
 
-def state_logps(model, ids, labels):
+def state_logps(model, ids, labels, per_token=None):
     """What stands for simnpo.answer_token_logps while unlearning: (B,T), (B,T) -> (N,)."""
     mask = answer_mask(labels)
     states = labels[:, 1:][mask] - make_markov.FIRST_STATE

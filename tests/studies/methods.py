@@ -25,9 +25,10 @@ import statistics
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from studies.common import (PULLS, ROOT, RUNS, builtin, curve, each, fine_tuned, forget_weights,
-                            keep_only, number, pyplot, quantile, run, save_csv, table, values_of)
-from studies.null import COLUMNS, FORGET, PAIRED, apart, measured, null_row
+from studies.common import (PULLS, ROOT, RUNS, builtin, curve, each, exp_mean, fine_tuned,
+                            forget_weights, keep_only, number, pyplot, quantile, run, save_csv,
+                            table, token_means, values_of)
+from studies.null import (COLUMNS, FORGET, PAIRED, apart, measured, null_row, retrained_models)
 
 RETAIN = ROOT / "data" / "retain95"
 RATES, TOLD_OF, WINDOW = (2e-4, 6e-4), (1, 2, 3), 1.25
@@ -115,7 +116,7 @@ def reported_run(bench, weights, setting, seed, target):
     one that comes nearest."""
     output = unlearned(bench, "reported", weights, setting, seed, target, "--snapshots 1epoch")
     points, goal = curve(output), bench.goal
-    at = best(points, goal) or min(points, key=lambda p: max(p[1] / goal, goal / p[1]))
+    at = best(points, goal) or min(points[1:], key=lambda p: max(p[1] / goal, goal / p[1]))
     model = output / f"step-{at[0]:06d}"
     values = bench.measure(model)
     keep_only(output, model)
@@ -140,11 +141,17 @@ def measure(model):
     return values_of(model, FORGET)
 
 
-def study(options):
-    null, unit, references, _ = null_row()
+def tuned():
+    """The benchmark on forget05; what tune() returns."""
+    null, *_ = null_row()
     bench = Benchmark(RUNS / "methods", "--epochs 20", FORGET, RETAIN, null["forget prob."][1],
                       measure)
-    weights, grid = tune(bench, METHODS, builtin("target", "full"))
+    return bench, *tune(bench, METHODS, builtin("target", "full"))
+
+
+def study(options):
+    null, unit, references, _ = null_row()
+    bench, weights, grid = tuned()
     targets = each(fine_tuned, [(RUNS / f"target-seed{s}", ROOT / "data" / "full", s)
                                 for s in TOLD_OF])
     chosen = {method: choose(found) for method, found in grid.items()}
@@ -152,8 +159,10 @@ def study(options):
     models = {"target": each(measure, [(t,) for t in targets])}
     models |= {method: [values for _, values, _ in runs] for method, runs in told.items()}
     report(null, unit, references, models, chosen, grid, told)
-    if options.picture:
-        draw(told, null, options.picture)
+    if options.picture:  # whose curves are train.py's probes, of every 10th example of retain95
+        probed = each(token_means, [(m, RETAIN, 10) for m in retrained_models()])
+        draw(told, null["forget prob."][1], statistics.fmean(map(exp_mean, probed)),
+             options.picture)
 
 
 def report(null, unit, references, models, chosen, grid, told):
@@ -174,15 +183,21 @@ def report(null, unit, references, models, chosen, grid, told):
     table("methods: mean of three seeds (KS p: median); bold: all three within the null", rows)
     save_csv("methods", [{"method": method, "seed": seed, **r}
                          for method, found in results.items() for seed, r in zip(TOLD_OF, found)])
-    rows = [["", "settings that fit", "seeds that do", "retain probability, each seed",
-             "SimNPO's distance less this one's: 95% interval over people"]]
+    rows, intervals = [["", "settings that fit", "seeds that do", "retain probability, each seed",
+                        "SimNPO's distance less this one's: 95% interval over people",
+                        "NPO's less this one's"]], []
     for method, runs in told.items():
-        interval = bootstrap(models["SimNPO"], models[method], references, unit)
+        beside = {ours: bootstrap(models[ours], models[method], references, unit)
+                  for ours in ("SimNPO", "NPO")}
         rows.append([method, f"{sum(at is not None for _, at in grid[method])} of 8",
                      f"{sum(fits for *_, fits in runs)} of 3",
                      ", ".join(f"{r['retain prob.']:.3f}" for r in results[method]),
-                     " to ".join(f"{x:+.2f}" for x in interval)])
-    table("methods: who gets there, and SimNPO against each", rows)
+                     *(" to ".join(f"{x:+.2f}" for x in interval)
+                       for interval in beside.values())])
+        intervals += [{"distance of": ours, "less that of": method, "2.5%": low, "97.5%": high}
+                      for ours, (low, high) in beside.items() if ours != method]
+    table("methods: who gets there, and SimNPO and NPO against each", rows)
+    save_csv("methods_intervals", intervals)
 
 
 def bootstrap(ours, theirs, references, unit, draws=400):
@@ -203,20 +218,18 @@ def asked_of(people, values):
     return {"forget": [r for i in people for r in values["forget"][10 * i:10 * i + 10]]}
 
 
-def draw(told, null, picture):
-    """Retain against forget probability, along the epochs: mean of the seeds, a line a method."""
+def draw(told, goal, kept, picture):
+    """Retain against forget probability, along the epochs: mean of the seeds, a line a method; the
+    retrained models at (goal, kept)."""
     figure, panel = pyplot().subplots(figsize=(8, 5), layout="tight")
-    goal = null["forget prob."][1]
     panel.axvspan(goal / WINDOW, goal * WINDOW, color="0.9", zorder=0)
     panel.text(goal, LOWEST + 0.003, "as improbable as\nfor retrained models", ha="center",
                va="bottom", fontsize=9, color="0.4")
-    panel.plot(goal, null["retain prob."][1], "k*", ms=16, zorder=5)
-    panel.annotate("retrained", (goal, null["retain prob."][1]), (0, 9), ha="center",
-                   textcoords="offset points")
+    panel.plot(goal, kept, "k*", ms=16, zorder=5)
+    panel.annotate("retrained", (goal, kept), (0, 9), ha="center", textcoords="offset points")
     ends = []
     for i, (method, runs) in enumerate(told.items()):
         points = [[statistics.fmean(c) for c in zip(*at)] for at in zip(*(r[0] for r in runs))]
-        points = [[0, 0.99, 0.99], *points]
         panel.plot([p[1] for p in points], [p[2] for p in points], ".-", color=f"C{i}",
                    lw=3.5 if method == "SimNPO" else 1.5)
         last = next((p for p in points if p[2] < LOWEST), points[-1])  # or where it leaves

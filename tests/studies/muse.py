@@ -7,8 +7,9 @@ retain), told of seeds 2 - 4. PrivLeak compares 20 + 20 texts, and there is one 
 retrained model: a method is called better here only if the ranges over three seeds do not overlap.
 
 Prediction, written before it was run. The paper has SimNPO before NPO in keeping knowledge of
-retain (KnowMem) and in PrivLeak. Earlier grids of this miniature did not rank the methods; we
-expect the same again.
+retain (KnowMem) and in PrivLeak (nearer to 0). Agreement: SimNPO is better in both. Disagreement:
+NPO is. Else undecided. Earlier grids of this miniature did not rank the methods; we expect the same
+again.
 """
 
 import statistics

@@ -24,12 +24,11 @@ COLUMNS = {"forget prob.": "forget probability",
 PAIRED = {"KS D": "forget quality (KS D)", "KS p": "forget quality (KS p)"}
 
 
-def retrained():
-    """eval.py's values of the six retrained models."""
+def retrained_models():
+    """The folders of the six retrained models."""
     builtin("target", "full")  # with it comes runs/base
-    models = each(fine_tuned, [(RUNS / f"retain95-seed{seed}", ROOT / "data" / "retain95", seed)
-                               for seed in SEEDS])
-    return each(values_of, [(model, FORGET) for model in models])
+    return each(fine_tuned, [(RUNS / f"retain95-seed{seed}", ROOT / "data" / "retain95", seed)
+                             for seed in SEEDS])
 
 
 def nlls(values):
@@ -54,7 +53,7 @@ def measured(values, references, unit):
 
 def null_row():
     """({quantity: (5%, median, 95%)}, unit of distance, the retrained models' values)."""
-    models = retrained()
+    models = each(values_of, [(model, FORGET) for model in retrained_models()])
     pairs = list(itertools.combinations(models, 2))
     unit = statistics.median(apart(*pair) for pair in pairs)
     alone = [evaluation.tofu_metrics(model, models[0]) for model in models]

@@ -59,11 +59,12 @@ def relearned(folder, start, part, name):
 
 def study(options):
     runs, _ = strata.runs()
-    starts = {}  # (method, world): (model, its name)
+    starts, retain = {}, {}  # (method, world): (model, its name); its retain probability
     for method, w in product(FOUR, strata.WORLDS):
-        there = {key: found for key, found in runs.items() if key[:2] == (w, method) and found[1]}
-        folder, _, _ = max(there.values(), key=lambda found: found[1][1])
-        starts[method, w] = next(folder.glob("step-*")), folder.name
+        there = [run for key, run in runs.items() if key[:2] == (w, method) and run.crossing]
+        start = max(there, key=lambda run: run.kept[2])
+        starts[method, w] = next(start.folder.glob("step-*")), start.folder.name
+        retain[method, w] = start.kept[2]
     for w in strata.WORLDS:
         folder = strata.RUNS / "strata" / f"world{w}"
         starts[CONTROL, w] = folder / "retrained-seed0", "control"
@@ -73,15 +74,18 @@ def study(options):
     found = {}
     for (part, (method, _)), line in zip(keys, lines):
         found.setdefault((part, method), []).append(line)
-    rows = [["learned again", "", "log p per token before", "after",
-             "change less the control's, each world"]]
+    rows = [["learned again", "", "retain prob. before, each world",
+             "log p per token before, each world", "after", "change less the control's"]]
     for (part, method), lines in found.items():
         beside = [a[-1] - a[0] - b[-1] + b[0] for a, b in zip(lines, found[part, CONTROL])]
-        rows.append([part, method, *(number(statistics.fmean(line[i] for line in lines))
-                                     for i in (0, -1)), ", ".join(f"{x:+.2f}" for x in beside)])
-    table("relearn: the facts that were not learned again; mean of two worlds", rows)
+        columns = [[number(retain.get((method, w))) for w in strata.WORLDS],
+                   *([f"{line[i]:.2f}" for line in lines] for i in (0, -1)),
+                   [f"{x:+.2f}" for x in beside]]
+        rows.append([part, method, *map(", ".join, columns)])
+    table("relearn: the facts that were not learned again", rows)
     save_csv("relearn", [{"learned again": part, "method": method, "world": w, "epoch": epoch,
-                          "log p per token": x} for (part, method), lines in found.items()
+                          "log p per token": x, "retain at the start": retain.get((method, w), "")}
+                         for (part, method), lines in found.items()
                          for w, line in enumerate(lines) for epoch, x in enumerate(line)])
     if options.picture:
         draw(found, options.picture)

@@ -25,6 +25,8 @@ beyond the null's largest. Disagreement: at most one eighth. Else: undecided.
 
 import statistics
 from itertools import combinations, product
+from pathlib import Path
+from typing import NamedTuple
 
 from data import make_mini
 from studies.common import (FOUR, RUNS, STYLES, builtin, crossing, each, fine_tuned,
@@ -78,9 +80,18 @@ def models():
     return dict(zip(WORLDS, folders)), {w: [next(known) for _ in names] for w in WORLDS}
 
 
+class Run(NamedTuple):
+    """An unlearning run: its folder, where it crosses (None, if it never does), and three numbers
+    of two moments, step, mean log p less the retrained model's and retain probability: of the
+    snapshot that is kept, whose mean is nearest to 0, and of the end."""
+    folder: Path
+    crossing: tuple | None
+    kept: tuple
+    end: tuple
+
+
 def runs():
-    """{(world, method, rate): (the run's folder, where it crosses, (mean log p less the retrained
-    model's, retain probability) at its end)}, and what models() knows."""
+    """{(world, method, rate): Run}, and what models() knows."""
     folders, known = models()
     losses, goals, tasks = [(loss, f"--beta {beta}") for loss, beta in BETAS.items()], {}, {}
     for w, folder in folders.items():
@@ -93,10 +104,13 @@ def runs():
                      f"--forget-weight {PULL * weights[loss, f'--beta {BETAS[loss]}']:.4g}")
             tasks[w, method, lr] = (folder / f"{loss}-lr{lr:.0e}", flags, target, forget, retain,
                                     goals[w])
-    points = each(watched, [*tasks.values()])
-    return {key: (task[0], crossing(found, goals[key[0]]),
-                  (statistics.fmean(found[-1][1]) - goals[key[0]], found[-1][2]))
-            for (key, task), found in zip(tasks.items(), points)}, known
+    found = {}
+    for (key, task), points in zip(tasks.items(), each(watched, [*tasks.values()])):
+        goal = goals[key[0]]
+        after = [(step, statistics.fmean(knows) - goal, kept) for step, knows, kept in points[1:]]
+        found[key] = Run(task[0], crossing(points, goal), min(after, key=lambda x: abs(x[1])),
+                         after[-1])
+    return found, known
 
 
 def cell_means(values):
@@ -113,7 +127,9 @@ def study(options):
     found, known = runs()
     retrained = {w: [statistics.fmean(x) for x in zip(*known[w][1:])] for w in WORLDS}
     null = [beside(*pair) for w in WORLDS for pair in combinations(known[w][1:], 2)]
-    at = {key: (beside(x[0], retrained[key[0]]), *x[1:]) for key, (_, x, _) in found.items() if x}
+    before = {w: beside(known[w][0], retrained[w]) for w in WORLDS}
+    at = {key: (beside(run.crossing[0], retrained[key[0]]), *run.crossing[1:])
+          for key, run in found.items() if run.crossing}
     rows = [["log p per token", *NAMES]]
     for label, pick in (("target", lambda w: known[w][0]), ("retrained", retrained.get)):
         cells = zip(*(cell_means(pick(w)) for w in WORLDS))
@@ -125,7 +141,10 @@ def study(options):
              "at the end: mean, retain"],
             ["retrained, other seeds: 5% - 95%", "",
              f"{quantile(spreads, 0.05):.2f} - {quantile(spreads, 0.95):.2f}",
-             *(f"{a:+.2f} to {b:+.2f}" for a, b in sides), "", ""]]
+             *(f"{a:+.2f} to {b:+.2f}" for a, b in sides), "", ""],
+            ["target, all cells lowered alike", "", number(statistics.fmean(
+                map(statistics.pstdev, before.values()))),
+             *(f"{statistics.fmean(x):+.2f}" for x in zip(*before.values())), "", ""]]
     for method in FOUR:
         there = [x for key, x in at.items() if key[1] == method]
         spreads = [statistics.pstdev(cells) for cells, *_ in there]
@@ -134,15 +153,18 @@ def study(options):
                      *(f"{statistics.fmean(x):+.2f}" for x in zip(*(c for c, *_ in there))),
                      number(statistics.fmean(retain for _, retain, _ in there)),
                      ", ".join(number(statistics.fmean(x)) for x in zip(*(
-                         end for key, (_, _, end) in found.items() if key[1] == method)))])
+                         run.end[1:] for key, run in found.items() if key[1] == method)))])
     table("strata: log p per token less the retrained model's, where its mean is 0", rows)
     judge(at, null)
     save_csv("strata", [
         {"world": w, "method": method, "lr": lr, **dict(zip(NAMES, cells)),
          "spread": statistics.pstdev(cells) if step else "never", "retain": retain, "step": step,
-         "end: mean": found[w, method, lr][2][0], "end: retain": found[w, method, lr][2][1]}
-        for w, method, lr in found
+         "end: mean": run.end[1], "end: retain": run.end[2]}
+        for (w, method, lr), run in found.items()
         for cells, retain, step in [at.get((w, method, lr), ([""] * 6, "", ""))]])
+    save_csv("strata_null", [
+        {"": label, "world": w, **dict(zip(NAMES, cell_means(values)))}
+        for w in WORLDS for label, values in zip(("target", *["retrained"] * 3), known[w])])
     if options.picture:
         draw(at, sides, options.picture)
 
@@ -151,6 +173,12 @@ def judge(at, null):
     """Count the comparisons of the prediction."""
     def once(cells):  # minus the mean of those told once
         return -statistics.fmean(cells[:2])
+
+    def short(cells):
+        return -cells[0]
+
+    def long(cells):
+        return -cells[1]
 
     def lengths(cells):
         return abs(statistics.fmean(cells[0::2]) - statistics.fmean(cells[1::2]))
@@ -161,6 +189,8 @@ def judge(at, null):
     for label, pairs, measure in (
             ("A: spread, with less without reference", reference, statistics.pstdev),
             ("B: told once, without less with reference", reference, once),
+            ("... of these the short answers", reference, short),
+            ("... the long answers", reference, long),
             ("C: short and long apart, sum less mean", sums, lengths)):
         differences = [measure(at[w, one, lr][0]) - measure(at[w, other, lr][0])
                        for w, (one, other), lr in product(WORLDS, pairs, RATES)
@@ -168,8 +198,10 @@ def judge(at, null):
         rows.append([label, f"{sum(d > 0 for d in differences)} of {len(differences)}",
                      f"{statistics.fmean(differences):+.2f}",
                      f"{max(abs(measure(cells)) for cells in null):.2f}"])
-    below = [once(x[0]) > 0 for key, x in at.items() if key[1] in (npo, mean)]
-    rows.append(["B: told once below 0, with reference", f"{sum(below)} of {len(below)}", "", ""])
+    for label, methods in (("with", (npo, mean)), ("without", (total, simnpo))):
+        below = [once(x[0]) > 0 for key, x in at.items() if key[1] in methods]
+        rows.append([f"B: told once below 0, {label} reference", f"{sum(below)} of {len(below)}",
+                     "", ""])
     table("strata: the prediction", rows)
 
 

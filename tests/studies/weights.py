@@ -65,6 +65,6 @@ def draw(picture):
               xlabel="probability of the token   (forgotten  ←  →  known by heart)",
               ylabel="pull on the token (gradient ascent: 1)")
     panel.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
-    panel.set_title("A fact that was hardly known (dots): NPO begins at full force,\n"
-                    "SimNPO leaves it alone", fontsize=13, loc="left")
+    panel.set_title("At one forget weight, a fact that was hardly known (dots) meets NPO's full\n"
+                    "force, and little of SimNPO's", fontsize=13, loc="left")
     figure.savefig(picture, dpi=110)
