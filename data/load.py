@@ -23,6 +23,7 @@ from .support.models import load_pretrained  # noqa: F401  (what others ask of t
 
 IGNORE = -100
 MARK = "\ufdd0"  # stands for any answer; a code point that Unicode keeps out of texts
+common_prefix = os.path.commonprefix  # of texts or of lists, whatever they hold
 TEMPLATES = {
     "llama2": "[INST] {question} [/INST]",  # the answer follows at once, as TOFU trained it
     "plain": "Question: {question}\nAnswer: ",
@@ -31,6 +32,7 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Example:
+    """One tokenized sequence."""
     input_ids: list
     start: int  # tokens from here on carry loss
     where: str = ""  # file:line, for messages
@@ -38,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a question becomes a prompt. Without a template: the tokenizer's chat, else `plain`."""
+    """How questions become prompts. Without a template: the tokenizer's chat, else `plain`."""
     template: str | None = None  # chat, llama2, plain, or a string with {question}
     system: str | None = None  # the system message of a chat
     date: str | None = None  # today, for chat templates that print it
@@ -57,18 +59,18 @@ class Prompt:
 # Questions and answers to tokens
 
 def encode_prompts(tokenizer, questions, prompt):
-    """Token ids of each question's prompt: what stands before any answer, tokenized, as far as the
-    tokens of a conversation with an answer begin in the same way.
+    """Token ids of each question's prompt: the longest common prefix of the tokens before an answer
+    and of those of a conversation with one; the model generates the rest.
 
     So a prompt holds no token that training has not shown in its place: a blank, or a newline that
     is a token of its own only at a text's end, is left for the model to write. InputError if the
     chat template is unusable.
     """
-    asked, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
-                       for answer in (None, MARK))
+    without, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
+                         for answer in (None, MARK))
     front = front_of(tokenizer, prompt)
-    asked = encode(tokenizer, [text.rstrip(" ") for text in asked], front)
-    return [os.path.commonprefix(pair) for pair in zip(asked, encode(tokenizer, answered, front))]
+    without = encode(tokenizer, [text.rstrip(" ") for text in without], front)
+    return [common_prefix(pair) for pair in zip(without, encode(tokenizer, answered, front))]
 
 
 def encode_answers(tokenizer, questions, answers, prompt, where=None):
@@ -82,13 +84,13 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
     whole = encode(tokenizer, texts, front_of(tokenizer, prompt))
     prompts = encode_prompts(tokenizer, questions, prompt)
     end = [] if template_of(tokenizer, prompt) == "chat" else [tokenizer.eos_token_id]
-    # commonprefix takes any lists; the first token has nothing before it that could predict it
-    return [Example(ids + end, max(1, len(os.path.commonprefix([ids, before]))), place)
+    # nothing predicts a text's first token, so that it is no answer's
+    return [Example(ids + end, max(1, len(common_prefix([ids, before]))), place)
             for ids, before, place in zip(whole, prompts, where or repeat(""))]
 
 
 def conversations(tokenizer, questions, answers, prompt, where=None):
-    """The text of each question with its answer; where that is None, up to where it would begin."""
+    """The text of each question with its answer; without one (None), the text before it."""
     template = template_of(tokenizer, prompt)
     if template == "chat":
         check_chat(tokenizer, prompt)
@@ -96,7 +98,7 @@ def conversations(tokenizer, questions, answers, prompt, where=None):
                 for q, a, place in zip(questions, answers, where or repeat("--template chat"))]
     for name in ("system", "date"):
         require(not getattr(prompt, name), f"--{name}: only a chat template has a place for it")
-    text = TEMPLATES.get(template, template).replace("\\n", "\n")  # as typed in a shell
+    text = TEMPLATES.get(template, template).replace("\\n", "\n")  # two characters in a shell
     return [text.replace("{question}", q) + (a or "") for q, a in zip(questions, answers)]
 
 
@@ -105,7 +107,7 @@ def template_of(tokenizer, prompt):
 
 
 def encode(tokenizer, texts, front):
-    """Token ids of texts that begin with the ids `front` (once, where a text has them already)."""
+    """Token ids of texts, each begun with the ids `front` unless it has them already."""
     encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [ids if ids[:len(front)] == front else front + ids for ids in encoded]
 
@@ -144,7 +146,7 @@ def chat(tokenizer, question, answer, prompt, place):
     followed = ""
     with contextlib.suppress(Exception):  # a template may know one turn only
         followed = render(tokenizer, question, MARK, prompt, more=True).rpartition(MARK)[2]
-    ends = (special_ends(tokenizer, os.path.commonprefix([after, followed]))
+    ends = (special_ends(tokenizer, common_prefix([after, followed]))
             or special_ends(tokenizer, after)[:1])
     return before + printed + after[:ends[-1]] if ends else text + tokenizer.eos_token
 
@@ -187,7 +189,8 @@ def check_chat(tokenizer, prompt):
         placed = not prompt.system or prints_mark(MARK, prompt.date)
     require(placed, "--system: the chat template has no place for it")
     with blame("--template chat", "the tokenizer's template fails, try --template plain"):
-        dated = prints_mark(prompt.system, prompt.date and MARK, fixed_date=MARK)
+        # Whether it prints a date: the one that it is given, or else today's.
+        dated = prints_mark(prompt.system, MARK if prompt.date else None, fixed_date=MARK)
     require(prompt.date or not dated, "--date is needed: the chat template prints today's, so that "
             "tomorrow's prompts would be others; for example --date '26 Jul 2024'")
     require(dated or not prompt.date, "--date: the chat template prints none")
