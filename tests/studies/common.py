@@ -187,22 +187,29 @@ def gradient_norm(model, examples, loss, args=None):
 
 # Runs that are watched, and where they pass the retrained model
 
-def watched(output, flags, target, forget, retain, goal, part=slice(None)):
+def watched(output, flags, target, forget, retain, goal, part=slice(None), length=512):
     """[(step, log p per token of each forget record, retain probability)] of an unlearning run,
     from the target on. Of its snapshots only the one is kept that is nearest to `goal`, the mean
-    of the records in `part`."""
+    of the records in `part`; texts are in chunks of `length` tokens."""
     def measure():
         def known(model):
-            return token_means(model, forget), exp_mean(token_means(model, retain, every=8))
+            return (token_means(model, forget, length=length),
+                    exp_mean(token_means(model, retain, 8, length)))
 
         run(output, f"{flags} --save-every 0", False, model=target, forget=forget, retain=retain)
         found = [(0, *known(target))]
         found += [(int(path.name[5:]), *known(path)) for path in sorted(output.glob("step-*"))]
-        nearest = min(found[1:], key=lambda at: abs(statistics.fmean(at[1][part]) - goal))
-        keep_only(output, output / f"step-{nearest[0]:06d}")
+        keep_only(output, output / f"step-{nearest(found, goal, part)[0]:06d}")
         return found
 
     return stored(output.with_suffix(".json"), measure)
+
+
+def nearest(points, goal, part=slice(None)):
+    """(step, mean log p of `part` less the goal, retain probability) of the snapshot that a watched
+    run keeps."""
+    after = [(step, statistics.fmean(knows[part]) - goal, kept) for step, knows, kept in points[1:]]
+    return min(after, key=lambda at: abs(at[1]))
 
 
 def crossing(points, goal, part=slice(None)):

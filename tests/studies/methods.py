@@ -60,7 +60,6 @@ class Benchmark(NamedTuple):
     retain: Path
     goal: float  # forget probability of the retrained model
     measure: Callable  # model -> values
-    length: int = 512  # of texts
 
 
 def unlearned(bench, kind, weights, setting, seed, target, more=""):
@@ -94,7 +93,7 @@ def tune(bench, methods, target):
     """({(loss, flags): weight of pull 1}, {method: [(setting, where to stop or None)]}); the latter
     also as CSV."""
     losses = {(s[0], loss_flags(s[1])) for grid in methods.values() for s in grid}
-    weights = forget_weights(target, bench.forget, bench.retain, sorted(losses), bench.length)
+    weights = forget_weights(target, bench.forget, bench.retain, sorted(losses))
     found = iter(each(tuning_run, [(bench, weights, setting, target)
                                    for grid in methods.values() for setting in grid]))
     grid = {method: [(s, next(found)) for s in settings] for method, settings in methods.items()}

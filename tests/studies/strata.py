@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 from data import make_mini
 from studies.common import (FOUR, RUNS, STYLES, builtin, crossing, each, fine_tuned,
-                            forget_weights, number, pyplot, quantile, save_csv, table, token_means,
-                            watched, write_lines)
+                            forget_weights, nearest, number, pyplot, quantile, save_csv, table,
+                            token_means, watched, write_lines)
 
 WORLDS, RETRAINED, RATES = (0, 1), (0, 1, 2), (5e-4, 1e-3, 2e-3)
 PULL = 8  # with 1 no run got as far as the retrained models in these steps
@@ -106,10 +106,9 @@ def runs():
                                     goals[w])
     found = {}
     for (key, task), points in zip(tasks.items(), each(watched, [*tasks.values()])):
-        goal = goals[key[0]]
-        after = [(step, statistics.fmean(knows) - goal, kept) for step, knows, kept in points[1:]]
-        found[key] = Run(task[0], crossing(points, goal), min(after, key=lambda x: abs(x[1])),
-                         after[-1])
+        goal, (step, knows, kept) = goals[key[0]], points[-1]
+        found[key] = Run(task[0], crossing(points, goal), nearest(points, goal),
+                         (step, statistics.fmean(knows) - goal, kept))
     return found, known
 
 
