@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .errors import InputError, blame, given_rank, require, speaks_for_all, under_torchrun
+from .errors import InputError, blame, first, given_rank, require, under_torchrun
 
 PARENT = os.getppid()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,10 +22,6 @@ def rank():
 def world():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def first():
-    return rank() == 0
 
 
 def start(name):
@@ -105,7 +101,7 @@ def spread(function, model, items, *args):
 
 def say(text):
     """Print what one rank is enough for, with ? for what stdout cannot show; it may be closed."""
-    if speaks_for_all():
+    if first():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
             print(text.encode(encoding, "replace").decode(encoding), flush=True)

@@ -133,8 +133,8 @@ def given_rank():
     return int(rank) if numbers and host and int(rank) < int(world) else None
 
 
-def speaks_for_all():
-    """Whether this process prints what all ranks find alike: a process by itself, and rank 0."""
+def first():
+    """Whether this process speaks and writes for all: rank 0, or a process by itself."""
     return not given_rank()
 
 
@@ -157,7 +157,7 @@ def one_line_errors(main):
             status, message, alike = 1, e, isinstance(e, FloatingPointError)
             if cause(e) == "out of memory":
                 message = f"out of memory: {in_short(e)}{HELP['out of memory']}"
-        if speaks_for_all() or not alike:
+        if first() or not alike:
             print("error: " + printable(message), file=sys.stderr)
         return status
     return wrapped
@@ -183,9 +183,9 @@ def caught_signals(*numbers):
         if number == signal.SIGINT and not under_torchrun():
             signal.signal(number, signal.SIG_DFL)
 
-    before = {}
-    for number in numbers if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+    before, main_thread = {}, threading.current_thread() is threading.main_thread()
+    for number in numbers:
+        if main_thread and signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, note)
     try:
         yield caught
