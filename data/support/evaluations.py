@@ -77,10 +77,9 @@ def saved_entry(argument, evaluation, options):
         return read_entry(path, evaluation)
     path = home(argument)
     entry = read_json(path)["evaluations"].get(evaluation.key) if path.exists() else None
-    held = entry.get("settings") if isinstance(entry, dict) else None
-    weights = held.get("weights") if isinstance(held, dict) and not options.force else None
-    fits = (weights and held == {**evaluation.settings, "weights": weights}
-            and weights == fingerprint(argument))  # last: it reads the whole model
+    if options.force or not isinstance(entry, dict):
+        return None
+    fits = entry.get("settings") == {**evaluation.settings, "weights": fingerprint(argument)}
     return read_entry(path, evaluation) if fits else None
 
 
@@ -161,8 +160,14 @@ def read_entry(path, evaluation):
 
 def show(columns, entries, markdown):
     """Print the table and how many records it is of; then, if results could not be saved, fail."""
-    table = format_table(columns, markdown)
-    distributed.say(table + "\n\n" + count_records(columns, entries))
+    distributed.say(format_table(columns, markdown) + "\n")
+    models = {}  # counts -> the models that have these
+    for title, entry in zip(columns, entries.values()):
+        counts = ", ".join(f"{split} {len(kept)}" for split, kept in entry["values"].items())
+        models.setdefault(counts, []).append(title)
+    for counts, titles in models.items():
+        of = f" of {', '.join(titles)}" if len(models) > 1 else ""
+        distributed.say(printable(f"Records{of}: {counts}"))
     for entry in entries.values():
         if "unsaved" in entry:
             raise Failure(entry["unsaved"])
@@ -205,22 +210,10 @@ def format_number(row, value):
     return f"{value:.6e}" if value < 1e-3 and row.endswith("p)") else f"{value:.6f}"
 
 
-def count_records(columns, entries):
-    """How many records each column is of: one line if all agree."""
-    models = {}
-    for title, entry in zip(columns, entries.values()):
-        counts = (f"{split} {len(records)}" for split, records in entry["values"].items())
-        models.setdefault(printable(", ".join(counts)), []).append(printable(title))
-    return "\n".join(f"Records{' of ' + ', '.join(titles) if len(models) > 1 else ''}: {counts}"
-                     for counts, titles in models.items())
-
-
 def titles(arguments):
     """Short column titles, unless two would be the same."""
-    names = []
-    for path in map(Path, arguments):
-        path = path.parent if path.name == "eval.json" else path
-        names.append((path.stem if path.is_file() else path.name) or str(path))
+    paths = [path.parent if path.name == "eval.json" else path for path in map(Path, arguments)]
+    names = [path.stem if path.is_file() else path.name or str(path) for path in paths]
     return names if len(set(names)) == len(names) else list(arguments)
 
 
