@@ -311,8 +311,7 @@ def is_finished(folder):
 def tidy(output):
     """Remove what only an unfinished run needs, and what one that was killed has left half done."""
     if distributed.first():
-        for folder in (output, *output.glob("step-*")):
-            shutil.rmtree(folder / HALF_DONE, ignore_errors=True)
+        shutil.rmtree(output / HALF_DONE, ignore_errors=True)
         for path in (output / LOCK, *checkpoints(output)):
             path.unlink(missing_ok=True)
 
@@ -326,8 +325,9 @@ def report(args, seconds):
     skipped = sum("skipped" in r for r in records)
     distributed.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
                     + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
-    if args.forget and (data := evaluation_flags(args, find(args.forget))):
-        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
+    flags = evaluation_flags(args, find(args.forget)) if args.forget else []
+    if flags:
+        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *flags]))
 
 
 def evaluation_flags(args, forget):
