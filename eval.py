@@ -696,7 +696,6 @@ def suffix(bits):
 def saved(options):
     """{column: evaluation} of files of results, and the function that makes a column of one."""
     arguments = [*filter(None, [options.reference]), *options.models]
-    evaluations.require_files(arguments)
     evaluation = Evaluation("tofu", {}, None, complete_tofu)
     entries = evaluations.collect(arguments, evaluation, options)
     return entries, columns_beside(entries.get(options.reference), options.reference)

@@ -202,7 +202,7 @@ def main(argv=None):
     with distributed.together():
         forget, retain, files = load_data(args)
         settings = run_folder.settings_of(args, forget, retain)
-        complete = run_folder.check_run(args.output, settings, args.resume, files)
+        complete = run_folder.check_run(args.output, settings, args.resume)
         mini = miniature.is_start_model(args)
         if mini and not complete:
             miniature.make(Path(args.model))

@@ -861,12 +861,11 @@ def test_a_reference_asked_in_other_words_is_refused(changed, tofu, tmp_path, ca
     assert run(models[0], *flags, "--reference", reference) == 0 and len(saved["evaluations"]) == 1
 
 
-@pytest.mark.parametrize("split,column,index,what", [
-    ("eval_log_forget.json", "avg_paraphrased_loss", None, "of other lengths"),
-    ("eval_log.json", "generated_text", None, "of other lengths"),
-    ("eval_log.json", "rougeL_recall", "3", "have other keys")])
-def test_official_logs_with_uneven_columns_are_refused(split, column, index, what, pair, tofu,
-                                                       tmp_path, capsys):
+@pytest.mark.parametrize("split,column,index", [
+    ("eval_log_forget.json", "avg_paraphrased_loss", None),
+    ("eval_log.json", "generated_text", None), ("eval_log.json", "rougeL_recall", "3")])
+def test_official_logs_with_uneven_columns_are_refused(split, column, index, pair, tofu, tmp_path,
+                                                       capsys):
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
     log = official(numbers(pair[0]), dict if index else list)
     if index:
@@ -875,7 +874,7 @@ def test_official_logs_with_uneven_columns_are_refused(split, column, index, wha
         log[split][column].pop()
     path = write_json(tmp_path / "log.json", log)
     capsys.readouterr()
-    assert f"the columns of {split} {'are ' * (not index)}{what}" in error_of(capsys, path)
+    assert f"the columns of {split} are of different questions" in error_of(capsys, path)
 
 
 # MUSE and KL

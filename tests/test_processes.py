@@ -270,8 +270,9 @@ def test_ranks_must_have_the_same_files(world, tmp_path):
     assert second == (2, "") and names("rank0") == set()
 
 
-@pytest.mark.parametrize("variables", ["RANK=0", "RANK=", "RANK=x WORLD_SIZE=1",
-                                       "RANK=1 WORLD_SIZE=2", "RANK=2 WORLD_SIZE=2 MEET"])
+@pytest.mark.parametrize("variables", [
+    "RANK=0", "RANK=", "RANK=x WORLD_SIZE=1", "RANK=1 WORLD_SIZE=2", "RANK=2 WORLD_SIZE=2 MEET",
+    "RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x"])
 def test_ranks_that_the_environment_has_only_half(variables, world):
     """One line, from a rank other than 0, too; nobody waits for others."""
     meet = f"MASTER_ADDR=localhost MASTER_PORT={free_port()}"

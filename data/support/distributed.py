@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .errors import JOIN, InputError, blame, require, speaks_for_all, under_torchrun
+from .errors import InputError, blame, first, given_rank, require, under_torchrun
 
 PARENT = os.getppid()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,10 +24,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first():
-    return rank() == 0
-
-
 def start(name):
     """Check the device, make it this process's (its own card where there are several), and join the
     other processes under torchrun."""
@@ -40,34 +36,31 @@ def start(name):
             torch.cuda.set_device(device)  # what "cuda" means from here on
         torch.ones(1, device=device).item()
     if "RANK" in os.environ and not dist.is_initialized():
-        check_environment()
+        require(given_rank() is not None, f"RANK={os.environ['RANK']} in the environment, as under "
+                "torchrun, but not a rank below WORLD_SIZE with MASTER_ADDR and MASTER_PORT; "
+                "unset RANK to run on its own")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def check_environment():
-    """Raise InputError unless the environment says which process this is, of how many, and where
-    they meet."""
-    rank, world, host, port = (os.environ.get(name, "") for name in JOIN)
-    numbers = all(x.isascii() and x.isdigit() for x in (rank, world, port))
-    require(numbers and host and int(rank) < int(world), f"RANK={rank} in the environment, as "
-            "under torchrun, but not a rank below WORLD_SIZE with MASTER_ADDR and MASTER_PORT; "
-            "unset RANK to run on its own")
 
 
 @contextlib.contextmanager
 def together():
     """An InputError inside, on whichever rank, is raised on all of them, the lowest rank's."""
-    error = None
+    message = None
     try:
         yield
     except InputError as e:
-        error = e
-    errors = [error and str(error)]
+        message = str(e)
+    for message in on_all_ranks(message):
+        if message:
+            raise InputError(message)
+
+
+def on_all_ranks(value):
+    """Every rank's value, on every rank."""
+    values = [value] * world()
     if dist.is_initialized():
-        errors = [None] * world()
-        dist.all_gather_object(errors, error and str(error))
-    if message := next(filter(None, errors), None):
-        raise InputError(message)
+        dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(value):
@@ -87,18 +80,15 @@ def agree(place, settings):
                 "all need the same arguments and files")
 
 
-def any_rank(flag, device):
-    if not dist.is_initialized():
-        return bool(flag)
-    flags = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
-
-
 def summed(tensor):
+    """The sum of the ranks' tensors, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_rank(flag, device):
+    return summed(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
 def orphaned():
@@ -114,17 +104,13 @@ def barrier():
 def spread(function, model, items, *args):
     """function(model, items, *args), each rank doing its share; every rank gets all results, in
     the order of items."""
-    count = world()
-    results = [function(model, items[rank()::count], *args)]
-    if count > 1:
-        mine, results = results[0], [None] * count
-        dist.all_gather_object(results, mine)
-    return [results[i % count][i // count] for i in range(len(items))]
+    results = on_all_ranks(function(model, items[rank()::world()], *args))
+    return [results[i % world()][i // world()] for i in range(len(items))]
 
 
 def say(text):
     """Print what one rank is enough for, with ? for what stdout cannot show; it may be closed."""
-    if speaks_for_all():
+    if first():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
             print(text.encode(encoding, "replace").decode(encoding), flush=True)

@@ -18,15 +18,13 @@ import threading
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-JOIN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # they make a process one of several
-
 
 class InputError(ValueError):
     """A mistake of the user's; the message names the place and what to do about it."""
 
 
 class Failure(RuntimeError):
-    """What stops a program that began well: a full disk, no memory left."""
+    """What stops a program that began well (a full disk, no memory left), told in full."""
 
 
 def require(condition, message):
@@ -64,6 +62,8 @@ def cause(error):
     """What stopped a program that began well, in a few words. None for a defect of the program."""
     if isinstance(error, FloatingPointError):
         return "not finite"
+    if isinstance(error, Failure):
+        return "stopped"
     memory = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")  # host's, card's
     if isinstance(error, MemoryError) or any(said in str(error) for said in memory):
         return "out of memory"
@@ -124,11 +124,18 @@ def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def speaks_for_all():
-    """Whether this process prints what all ranks find alike: a process by itself, and rank 0."""
-    rank, world, *where = (os.environ.get(name, "") for name in JOIN)
-    joined = rank.isdecimal() and world.isdecimal() and all(where)
-    return not (joined and 0 < int(rank) < int(world))
+def given_rank():
+    """The rank that the environment gives this process; None unless it says, as torchrun does, of
+    how many, and where they meet."""
+    rank, world, host, port = (os.environ.get(name, "") for name in (
+        "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    numbers = all(x.isascii() and x.isdigit() for x in (rank, world, port))
+    return int(rank) if numbers and host and int(rank) < int(world) else None
+
+
+def first():
+    """Whether this process speaks and writes for all: rank 0, or a process by itself."""
+    return not given_rank()
 
 
 def one_line_errors(main):
@@ -138,24 +145,19 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def wrapped(argv=None):
-        first = speaks_for_all()
         try:
             return main(argv)
         except InputError as e:
-            status, message = 2, first and e
+            status, message, alike = 2, e, True
         except KeyboardInterrupt:
-            status, message = 128 + signal.SIGINT, first and "interrupted"
-        except FloatingPointError as e:
-            status, message = 1, first and e
-        except Failure as e:
-            status, message = 1, e
+            status, message, alike = 128 + signal.SIGINT, "interrupted", True
         except Exception as e:
             if not cause(e):
                 raise
-            status, message = 1, e  # the operating system's message names the file
+            status, message, alike = 1, e, isinstance(e, FloatingPointError)
             if cause(e) == "out of memory":
                 message = f"out of memory: {in_short(e)}{HELP['out of memory']}"
-        if message:
+        if first() or not alike:
             print("error: " + printable(message), file=sys.stderr)
         return status
     return wrapped
@@ -181,11 +183,10 @@ def caught_signals(*numbers):
         if number == signal.SIGINT and not under_torchrun():
             signal.signal(number, signal.SIG_DFL)
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.getsignal(n) for n in numbers if main_thread}
-    before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, note)
+    before, main_thread = {}, threading.current_thread() is threading.main_thread()
+    for number in numbers:
+        if main_thread and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:

@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
     """What is measured, and how."""
     key: str  # mode and data, as in eval.json; only the mode (tofu) where files are read
     settings: dict  # what else determines the values
-    measure: Callable  # model folder or name -> values
+    measure: Callable  # model folder or name -> values; None where files are read
     read: Callable  # values from a file -> the same, completed; raises where they are damaged
 
 
@@ -45,7 +45,7 @@ def collect(arguments, evaluation, options):
     """
     # What the first rank's disk holds counts: others, on other machines, may see another.
     saved = distributed.from_first(check(arguments, evaluation, options))
-    return {a: saved[a] or run(a, evaluation, options) for a in dict.fromkeys(arguments)}
+    return {a: entry or run(a, evaluation, options) for a, entry in saved.items()}
 
 
 def check(arguments, evaluation, options):
@@ -54,6 +54,9 @@ def check(arguments, evaluation, options):
     with distributed.together():
         saved = {a: saved_entry(a, evaluation, options) for a in arguments}
         for argument in (a for a in arguments if not saved[a]):
+            require(evaluation.measure, f"{argument}: no saved results; to evaluate a model, "
+                    "--forget or --muse is needed: it says on what, for example "
+                    "--forget data/forget05")
             load_skeleton(argument)
             check_writable(home(argument).parent)
     return saved
@@ -74,16 +77,15 @@ def saved_entry(argument, evaluation, options):
         return read_entry(path, evaluation)
     path = home(argument)
     entry = read_json(path)["evaluations"].get(evaluation.key) if path.exists() else None
-    held = entry.get("settings") if isinstance(entry, dict) else None
-    weights = held.get("weights") if isinstance(held, dict) and not options.force else None
-    fits = (weights and held == {**evaluation.settings, "weights": weights}
-            and weights == fingerprint(argument))  # last: it reads the whole model
+    if options.force or not isinstance(entry, dict):
+        return None
+    fits = entry.get("settings") == {**evaluation.settings, "weights": fingerprint(argument)}
     return read_entry(path, evaluation) if fits else None
 
 
 def run(argument, evaluation, options):
-    """Evaluate one model and save the result. If that fails, "unsaved" says why: `show` prints the
-    table first."""
+    """Evaluate one model and put the result into its eval.json, which others may be writing, too.
+    If that fails, "unsaved" says why: `show` prints the table first."""
     began, settings = time.time(), {**evaluation.settings, "weights": fingerprint(argument)}
     distributed.agree(argument, settings)
     values = evaluation.measure(argument)
@@ -92,25 +94,20 @@ def run(argument, evaluation, options):
              "ranks": distributed.world(), "batch_size": options.batch_size,
              "max_tokens": options.max_tokens, "seconds": round(time.time() - began, 1)}
     entry = {"settings": settings, "run": about, "values": values}
+    path = home(argument)
     if distributed.first():
-        path = home(argument)
         try:
-            save(path, argument, evaluation.key, entry)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with owned(path.parent):
+                saved = read_json(path) if path.exists() else {"model": argument, "evaluations": {}}
+                saved["evaluations"].pop(evaluation.key, None)  # the newest stands last
+                saved["evaluations"][evaluation.key] = entry
+                write(path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
         except (OSError, ValueError) as e:  # no room, or what others have put there meanwhile
             entry["unsaved"] = (f"{path}: cannot be written: {in_short(e)}; the results are only "
                                 "printed")
     distributed.barrier()
     return entry
-
-
-def save(path, argument, key, entry):
-    """Put one evaluation into an eval.json, which others may be writing, too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with owned(path.parent):
-        saved = read_json(path) if path.exists() else {"model": argument, "evaluations": {}}
-        saved["evaluations"].pop(key, None)  # the newest stands last
-        saved["evaluations"][key] = entry
-        write(path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
 
 def relative(path):
@@ -128,14 +125,6 @@ def settings(options, names, data):
     return {**{name: getattr(options, name) for name in names.split()},
             "data": {name: digest(records) for name, records in data.items()},
             "definitions": DEFINITIONS}
-
-
-def require_files(arguments):
-    """InputError for a model where only files of results can be shown."""
-    for argument in arguments:
-        require(Path(argument).is_file(), f"{argument}: no saved results; to evaluate a model, "
-                "--forget or --muse is needed: it says on what, for example "
-                "--forget data/forget05")
 
 
 # Reading files
@@ -172,8 +161,14 @@ def read_entry(path, evaluation):
 
 def show(columns, entries, markdown):
     """Print the table and how many records it is of; then, if results could not be saved, fail."""
-    table = format_table(columns, markdown)
-    distributed.say(table + "\n\n" + count_records(columns, entries))
+    distributed.say(format_table(columns, markdown) + "\n")
+    models = {}  # counts -> the models that have these
+    for title, entry in zip(columns, entries.values()):
+        counts = ", ".join(f"{split} {len(kept)}" for split, kept in entry["values"].items())
+        models.setdefault(counts, []).append(title)
+    for counts, titles in models.items():
+        of = f" of {', '.join(titles)}" if len(models) > 1 else ""
+        distributed.say(printable(f"Records{of}: {counts}"))
     for entry in entries.values():
         if "unsaved" in entry:
             raise Failure(entry["unsaved"])
@@ -182,18 +177,20 @@ def show(columns, entries, markdown):
 def format_table(columns, markdown):
     """{model: {row: number or reason}} -> text: a row a metric, a column a model, a footnote for
     each reason."""
-    notes, lines = [], [["", *map(printable, columns)]]
+    notes = {}  # reason -> its number
+
+    def cell(row, value):
+        if isinstance(value, str):
+            return f"- [{notes.setdefault(value, len(notes) + 1)}]"
+        return format_number(row, value)
+
+    lines = [["", *columns]]
     for row in dict.fromkeys(row for metrics in columns.values() for row in metrics):
-        line = [printable(row)]
-        for metrics in columns.values():
-            value = metrics.get(row, "not measured")
-            if isinstance(value, str) and value not in notes:
-                notes.append(value)
-            line.append(f"- [{notes.index(value) + 1}]" if isinstance(value, str)
-                        else format_number(row, value))
-        lines.append(line)
+        lines.append([row, *(cell(row, metrics.get(row, "not measured"))
+                             for metrics in columns.values())])
+    lines = [[printable(text) for text in line] for line in lines]
     if markdown:
-        lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+        lines = [[text.replace("|", r"\|") for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
     for first, *cells in lines:
@@ -203,7 +200,7 @@ def format_table(columns, markdown):
         texts.insert(1, "| --- |" + " ---: |" * len(columns))
     if notes:
         texts.append("")
-    for number, note in enumerate(notes, 1):
+    for note, number in notes.items():
         texts.append(f"[{number}] {printable(note)}" + ("  " if markdown else ""))  # a line break
     return "\n".join(texts)
 
@@ -214,22 +211,10 @@ def format_number(row, value):
     return f"{value:.6e}" if value < 1e-3 and row.endswith("p)") else f"{value:.6f}"
 
 
-def count_records(columns, entries):
-    """How many records each column is of: one line if all agree."""
-    models = {}
-    for title, entry in zip(columns, entries.values()):
-        counts = (f"{split} {len(records)}" for split, records in entry["values"].items())
-        models.setdefault(printable(", ".join(counts)), []).append(printable(title))
-    return "\n".join(f"Records{' of ' + ', '.join(titles) if len(models) > 1 else ''}: {counts}"
-                     for counts, titles in models.items())
-
-
 def titles(arguments):
     """Short column titles, unless two would be the same."""
-    names = []
-    for path in map(Path, arguments):
-        path = path.parent if path.name == "eval.json" else path
-        names.append((path.stem if path.is_file() else path.name) or str(path))
+    paths = [path.parent if path.name == "eval.json" else path for path in map(Path, arguments)]
+    names = [path.stem if path.is_file() else path.name or str(path) for path in paths]
     return names if len(set(names)) == len(names) else list(arguments)
 
 
@@ -238,6 +223,8 @@ def titles(arguments):
 TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
              "real_authors": "eval_real_author_wo_options.json",
              "world_facts": "eval_real_world_wo_options.json"}
+TOFU_COLUMNS = {"nll": "avg_gt_loss", "paraphrased_nll": "avg_paraphrased_loss",
+                "perturbed_nll": "average_perturb_loss", "rouge_l_recall": "rougeL_recall"}
 OPEN_UNLEARNING = {
     "forget_quality": "forget quality (KS p)", "model_utility": "model utility",
     "retain_Q_A_Prob": "retain probability", "retain_Q_A_ROUGE": "retain ROUGE-L recall",
@@ -265,61 +252,57 @@ def official_entry(path, log):
 
 def tofu_split(name, log):
     """The records of one split of an eval_log_aggregated.json."""
-    columns = {"nll": log["avg_gt_loss"], "paraphrased_nll": log["avg_paraphrased_loss"],
-               "perturbed_nll": log["average_perturb_loss"], "rouge_l_recall": log["rougeL_recall"]}
+    columns = {field: by_index(log[column]) for field, column in TOFU_COLUMNS.items()}
     if "generated_text" in log:
-        columns["texts"] = log["generated_text"]  # prompt, continuation, answer
-    if isinstance(log["avg_gt_loss"], dict):  # by index, from several GPUs; lists from one
-        if len({frozenset(column) for column in columns.values()}) > 1:
-            raise ValueError(f"the columns of {name} have other keys")
-        columns = {field: by_index(column) for field, column in columns.items()}
-    if len({len(column) for column in columns.values()}) > 1:
-        raise ValueError(f"the columns of {name} are of other lengths")
-    records = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    for record in records:
-        if "texts" in record:
-            _, record["generated"], record["answer"] = record.pop("texts")
-    return records
+        texts = by_index(log["generated_text"])  # [prompt, continuation, answer]
+        columns["generated"] = {index: text for index, (_, text, _) in texts.items()}
+        columns["answer"] = {index: answer for index, (_, _, answer) in texts.items()}
+    if len({tuple(column) for column in columns.values()}) > 1:
+        raise ValueError(f"the columns of {name} are of different questions")
+    return records_of(columns)
 
 
 def open_unlearning_entry(log):
     """As values what eval.py can compute with, 1/R and Min-40% scores; as rows all that it says."""
-    def scores(part):
-        return part.get("value_by_index") or {}
+    def questions(part):
+        return by_index(part.get("value_by_index") or {})
 
     attack = log.get("mia_min_k", {})
-    members = scores(attack.get("forget", {}))
-    texts = scores(log.get("forget_Q_A_ROUGE", {}))
-    forget = []
-    for index, kept in sorted(scores(log.get("forget_truth_ratio", {})).items(), key=by_number):
-        inverse = score_of(kept)
-        ratio = 1 / inverse if inverse else math.inf
-        record = {"truth_ratio": None if inverse is None else ratio}
-        if index in members:
-            record["min_k"] = score_of(members[index])
-        if "ground_truth" in texts.get(index, {}):
-            record["answer"] = texts[index]["ground_truth"]
-        forget.append(record)
-    values = {"forget": forget}
+    ratios = questions(log.get("forget_truth_ratio", {}))
+    members = questions(attack.get("forget", {}))
+    texts = questions(log.get("forget_Q_A_ROUGE", {}))
+    values = {"forget": records_of({
+        "truth_ratio": {index: inverse(kept["score"]) for index, kept in ratios.items()},
+        "min_k": {index: kept["score"] for index, kept in members.items()},
+        "answer": {index: kept["ground_truth"] for index, kept in texts.items()
+                   if "ground_truth" in kept}})}
     if members:
-        holdout = by_index(scores(attack["holdout"]))
-        values["holdout"] = [{"min_k": score_of(kept)} for kept in holdout]
+        holdout = questions(attack["holdout"]).values()
+        values["holdout"] = [{"min_k": kept["score"]} for kept in holdout]
     rows = {OPEN_UNLEARNING.get(name, name): float(part["agg_value"]) for name, part in log.items()
             if isinstance(part.get("agg_value"), (int, float))}
     return {"settings": None, "values": values, "rows": rows}
 
 
-def score_of(part):
-    """A question's score; None where the log has NaN, which read_json gives as None."""
-    return None if part["score"] is None else float(part["score"])
-
-
-def by_number(item):
-    return int(item[0])
-
-
 def by_index(column):
-    return [value for _, value in sorted(column.items(), key=by_number)]
+    """{index: value}, in order, of a list or of a dict whose keys are numbers."""
+    if isinstance(column, list):
+        return dict(enumerate(column))
+    return {int(index): column[index] for index in sorted(column, key=int)}
+
+
+def records_of(columns):
+    """{field: {index: value}} -> [{field: value}], a record for each index of the first field."""
+    indices = next(iter(columns.values()))
+    return [{field: column[index] for field, column in columns.items() if index in column}
+            for index in indices]
+
+
+def inverse(x):
+    """1/x; None stays None, as read_json gives NaN."""
+    if x is None:
+        return None
+    return 1 / x if x else math.inf
 
 
 def check_reference(entry, reference, name):
@@ -331,13 +314,9 @@ def check_reference(entry, reference, name):
         require(len(mine) == len(other), f"{name}: has answered {len(other)} {split} questions, "
                 f"the model {len(mine)}; they must be the same ones (--limit says how many)")
         for i, (a, b) in enumerate(zip(mine, other), 1):
-            for field in ("question", "answer"):
-                require(alike(a, b, field), f"{name}: its {split} question {i} is another than the "
-                        "model's; it was measured on another forget set")
-            require(alike(a, b, "prompt"), f"{name}: was asked {b.get('prompt')!r}, the model "
+            differ = [field for field in ("question", "answer", "prompt") if field in a
+                      and field in b and str(a[field]).split() != str(b[field]).split()]
+            require(not {"question", "answer"} & {*differ}, f"{name}: its {split} question {i} is "
+                    "another than the model's; it was measured on another forget set")
+            require(not differ, f"{name}: was asked {b.get('prompt')!r}, the model "
                     f"{a.get('prompt')!r}; measure both with one --template, --system and --date")
-
-
-def alike(a, b, field):
-    """Whether two records agree in a text, as far as both hold it."""
-    return field not in a or field not in b or str(a[field]).split() == str(b[field]).split()

@@ -2,7 +2,6 @@
 runs/target, runs/retainNN."""
 
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from ..load import load_examples
 from .data_files import find
 from .distributed import say
-from .errors import InputError, blame, caught_signals, require
+from .errors import blame, caught_signals, require
 from .models import load_tokenizer
 from .run_folder import digest, is_finished, owned
 
@@ -78,20 +77,17 @@ def make(folder):
     """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
     unless it is there. A process that comes while another makes it waits. A failure ends this
     process with the status of the one that trains."""
-    data = DATA / {"base": "base", "target": "full"}.get(folder.name, folder.name)
+    data = DATA / {"target": "full"}.get(folder.name, folder.name)
     if is_made(folder, data):
         return
-    flags = ["--retain", str(data), "--output", str(folder), "--seed", "0"]
+    require(not dist.is_initialized(), f"{folder}: not made yet; run this once without torchrun")
+    command = [sys.executable, str(TRAIN), "--retain", str(data), "--output", str(folder)]
     if folder.name == "base":
-        flags += ["--init", TOKENIZER]
-        flags += [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
-    if dist.is_initialized():
-        raise InputError(f"{folder}: not made yet; run this once without torchrun, or first: "
-                         + shlex.join(["python", "train.py", *flags]))
+        command += ["--init", TOKENIZER, *(f"--{name}={value}" for name, value in BASE.items())]
     with owned(folder.with_name(f".{folder.name}.lock")):
         if not is_made(folder, data):  # another process may have made it while this one waited
             say(f"Making {folder} first, once (data/{data.name})")
-            command = [sys.executable, str(TRAIN), *flags, *["--resume"] * folder.exists()]
+            command += ["--resume"] * folder.exists()
             with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves
                 status = subprocess.run(command).returncode
             if status:

@@ -13,9 +13,8 @@ IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie",
 IRREGULAR |= {word: word for word in
               "sky news inning outing canning howe proceed exceed succeed".split()}
 
-# suffix -> replacement. Of a step's rules the first whose suffix matches decides, whether its
-# condition holds or not, so a suffix stands before its own endings (ational, tional; ement, ment,
-# ent).
+# suffix -> replacement. The first suffix that matches decides, so a suffix stands before its own
+# endings (ational, tional; ement, ment, ent).
 STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize",
          "bli": "ble", "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize",
          "ation": "ate", "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful",
@@ -23,7 +22,8 @@ STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "iz
          "logi": "log"}
 STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "",
          "ness": ""}
-STEP4 = ("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize").split()
+STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive "
+                      "ize".split(), "")
 
 
 def shape(word):
@@ -77,36 +77,18 @@ def restore(stem):
     return stem + "e" if measure(stem) == 1 and ends_short(stem) else stem
 
 
-def step2(word):
-    """Double suffixes to single ones: -ization -> -ize."""
-    for suffix, replacement in STEP2.items():
-        if word.endswith(suffix):
-            stem = word[:-len(suffix)]
-            # NLTK measures the stem of -logi with its l, so that geology and theology lose the y
-            # like archaeology.
-            if measure(word[:-3] if suffix == "logi" else stem) == 0:
-                return word
-            # NLTK runs what -alli leaves through the step again: -ationalli -> -ational -> -ate.
-            return step2(stem + replacement) if suffix == "alli" else stem + replacement
-    return word
-
-
-def step3(word):
-    """-icate, -ful, -ness and their like."""
-    for suffix, replacement in STEP3.items():
-        if word.endswith(suffix):
-            stem = word[:-len(suffix)]
-            return stem + replacement if measure(stem) > 0 else word
-    return word
-
-
-def step4(word):
-    """Take off what is left of the suffix where enough word remains."""
-    for suffix in STEP4:
-        if word.endswith(suffix):
-            stem = word[:-len(suffix)]
-            return stem if measure(stem) > 1 and (suffix != "ion" or stem[-1] in "st") else word
-    return word
+def replace(word, rules, least):
+    """The word with its suffix replaced by the rules of step 2, 3 or 4, if what stands before the
+    suffix measures at least so much."""
+    suffix = next((suffix for suffix in rules if word.endswith(suffix)), "")
+    stem = word.removesuffix(suffix)
+    # NLTK counts the l of -logi as well: geology and theology lose the y like archaeology.
+    enough = measure(stem + "l" if suffix == "logi" else stem) >= least
+    if not suffix or not enough or suffix == "ion" and stem[-1] not in "st":
+        return word
+    # NLTK runs what -alli leaves through the step again: -ationalli -> -ational -> -ate.
+    replaced = stem + rules[suffix]
+    return replace(replaced, rules, least) if suffix == "alli" else replaced
 
 
 def step5(word):
@@ -124,4 +106,6 @@ def stem(word):
     word = word.lower()
     if word in IRREGULAR or len(word) <= 2:
         return IRREGULAR.get(word, word)
-    return step5(step4(step3(step2(step1(word)))))
+    word = replace(step1(word), STEP2, 1)
+    word = replace(word, STEP3, 1)
+    return step5(replace(word, STEP4, 2))

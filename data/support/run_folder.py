@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -30,14 +29,13 @@ from tqdm import tqdm
 
 from . import distributed
 from .data_files import find
-from .errors import HELP, Failure, InputError, blame, caught_signals, cause, in_short, require
+from .errors import HELP, Failure, blame, caught_signals, cause, in_short, require
 
 UNKEPT = {"output", "resume", "device"}  # arguments that args.json does not hold
 NAMES = {"forget", "retain", "model", "init"}  # may differ: their content is compared, by its hash
 # A resumed run may change these, which leave the result as it is; the ranks of a run may not.
 FREE = {"save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
 LOCK, HALF_DONE = ".lock", ".half-done"
-CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
 
 
 # Files that are there whole or not at all, and that have one owner at a time
@@ -45,10 +43,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d{8})\.safetensors")
 def check_writable(path):
     """Raise InputError unless a file can be made in the folder at `path`, or in the nearest one
     above it that exists."""
-    with blame(path, "not a name that a file can have"):
+    with blame(path, "not a folder that can be written to"):
         path = path.absolute()
         folder = next(p for p in (path, *path.parents) if p.exists())
-    with blame(path, f"{folder} cannot be written to"):
         tempfile.TemporaryFile(dir=folder).close()
 
 
@@ -95,20 +92,16 @@ def owned(path, busy=None):
     """Hold the lock of a folder, or of a lock file, which goes at the end. If another process has
     it: wait, or raise InputError(busy). File systems without locks have no owners."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            except BlockingIOError:
-                raise InputError(busy) from None
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, descriptor)
         try:
-            yield
-        finally:
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except OSError as e:
+            require(not isinstance(e, BlockingIOError), busy)
+        if not path.is_dir():
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 # Before a run
@@ -125,17 +118,13 @@ def digest(examples):
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def check_run(output, settings, resume, files):
+def check_run(output, settings, resume):
     """Whether the run in the folder `output` is complete, on rank 0. Raises InputError unless the
-    folder is new, or holds this very run; a complete one needs its model's `files`, too."""
+    folder is new, or holds this very run."""
     if not distributed.first():
         return False
-    with blame(output, "not a name for a folder"):
-        names = {p.name for p in output.iterdir()} if output.is_dir() else set()
-        require(output.is_dir() or not output.exists(),
-                f"{output}: a file, where --output needs a folder")
     check_writable(output)
-    names -= {LOCK, HALF_DONE}
+    names = {p.name for p in output.iterdir()} - {LOCK, HALF_DONE} if output.exists() else set()
     if resume:
         require(output.exists() and (not names or "args.json" in names), f"{output}: no run to "
                 "resume in this folder (there is no args.json); leave out --resume, or pass "
@@ -144,11 +133,7 @@ def check_run(output, settings, resume, files):
         require(not names, f"{output}: already holds a run or other files; pass another --output, "
                 "--resume, or delete it")
     compare(output, settings)
-    if not is_finished(output):
-        return False
-    gone = sorted(files.keys() - names)
-    require(not gone, f"{output}: this run was complete, but {', '.join(gone)} is gone")
-    return True
+    return is_finished(output)
 
 
 def compare(output, settings):
@@ -156,9 +141,9 @@ def compare(output, settings):
     path = output / "args.json"
     with blame(path, "cannot be read, so the run cannot be resumed"):
         before = json.loads(path.read_text()) if path.exists() else {}
-        changed = [f"{key.replace('_', '-')} was {value}, is {settings[key]}"
-                   for key, value in before.items()
-                   if key not in NAMES | FREE and key in settings and settings[key] != value]
+        changed = [f"{key.replace('_', '-')} was {before[key]}, is {value}"
+                   for key, value in settings.items()
+                   if key not in NAMES | FREE and before.get(key, value) != value]
     require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
 
 
@@ -194,7 +179,7 @@ def session(args, settings, total):
                     output / LOCK, f"{output}: another process is training into this folder; "
                     "wait for it, or pass another --output"))
                 # Again, since another process may have trained here before the lock was held.
-                done = check_run(output, settings, args.resume, {})
+                done = check_run(output, settings, args.resume)
                 require(not done, f"{output}: finished by another process meanwhile")
                 start = newest_step(output, total)
         start = distributed.from_first(start)
@@ -207,10 +192,13 @@ def session(args, settings, total):
         except Exception as e:
             if not cause(e):
                 raise
+            newest = next(iter(checkpoints(output)), None)
+            kept = (f"{newest.name} is whole, go on from it with --resume" if newest
+                    else "there is no checkpoint yet")
             # All ranks find a loss that is not finite, so that only one prints it.
             kind = FloatingPointError if cause(e) == "not finite" else Failure
-            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; "
-                       + last_checkpoint(output) + HELP.get(cause(e), "")) from None
+            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; {kept}"
+                       + HELP.get(cause(e), "")) from None
 
 
 @contextlib.contextmanager
@@ -222,9 +210,8 @@ def opened_log(args, settings, start, bar):
     path, began = args.output / "metrics.jsonl", time.time()
     if distributed.first():
         write(args.output / "args.json", json.dumps(settings, indent=1) + "\n")
-        lines = path.read_text(errors="replace") if path.exists() and start else ""
-        kept = (line for line in lines.splitlines(keepends=True) if is_of_steps(line, start))
-        write(path, "".join(kept))
+        before = path.read_text(errors="replace").splitlines() if start and path.exists() else []
+        write(path, "".join(line + "\n" for line in before if stays(line, start)))
     with open(path if distributed.first() else os.devnull, "a", buffering=1) as file:
         def log(**record):
             record = {key: value if not isinstance(value, float) or math.isfinite(value) else None
@@ -240,13 +227,12 @@ def opened_log(args, settings, start, bar):
         report(args, time.time() - began)
 
 
-def is_of_steps(line, start):
-    """Whether a line of metrics.jsonl is whole and was written before the probe of step `start`,
-    which comes again."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+def stays(line, start):
+    """Whether a line of metrics.jsonl is whole, and not written again by a run from step `start`
+    on, which begins with that step's probe."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # halves, after a power loss
         record = json.loads(line)
-        earlier = record["step"] < start or record["step"] == start and "epoch" not in record
-        return line.endswith("\n") and earlier
+        return record["step"] < start or record["step"] == start and "epoch" not in record
     return False
 
 
@@ -267,22 +253,15 @@ def is_due(interval, step, epochs):
 # Checkpoints
 
 def checkpoints(folder):
-    """The checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name))
-
-
-def last_checkpoint(output):
-    found = checkpoints(output)
-    if not found:
-        return "there is no checkpoint yet"
-    return f"{found[-1].name} is whole, go on from it with --resume"
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob(f"checkpoint-{'[0-9]' * 8}.safetensors"), reverse=True)
 
 
 def newest_step(output, total):
     """The step of the newest checkpoint, 0 without one."""
-    steps = [(int(CHECKPOINT.fullmatch(path.name)[1]), path) for path in checkpoints(output)]
-    step, path = max(steps, default=(0, None))
-    require(step <= total, f"{path}: not a checkpoint of this run, which has {total} steps")
+    newest = next(iter(checkpoints(output)), None)
+    step = int(newest.stem[-8:]) if newest else 0
+    require(step <= total, f"{newest}: not a checkpoint of this run, which has {total} steps")
     return step
 
 
@@ -301,18 +280,18 @@ def put_checkpoint(output, step, tensors, about):
 def get_checkpoint(output, step, shapes):
     """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
     weights of these {name: (shape, dtype)}, and the moments of those that were trained."""
-    path, *older = checkpoints(output)[::-1]
+    path, *older = checkpoints(output)
     hint = f" (delete it to go on from {older[0].name})" if older else ""
     with blame(path, f"not a whole checkpoint of this run{hint}"), safe_open(path, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
-        shapes = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
-                           for name in trained for moment in ("exp_avg", "exp_avg_sq")}
+        expected = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
+                             for name in trained for moment in ("exp_avg", "exp_avg_sq")}
         held = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         counts = range(1, step + 1) if trained else [0]  # without steps that fp16 skipped
-        if (about["step"] != step or about["adam_step"] not in counts or held != shapes
-                or about["tensors"] != len(tensors)):
+        if (held, about["step"], about["tensors"]) != (expected, step, len(held)) or (
+                about["adam_step"] not in counts):
             raise ValueError("its steps, or its tensors' names, shapes or dtypes, are others")
     return tensors, about
 
@@ -322,16 +301,14 @@ def get_checkpoint(output, step, shapes):
 def is_finished(folder):
     """Whether a run ended here: there is a config.json, which `filling` puts last, and no
     checkpoint. Raises InputError where the weights that belong to it are not whole."""
-    config, weights = folder / "config.json", ["model.safetensors"]
+    config, index = folder / "config.json", folder / "model.safetensors.index.json"
     if not config.is_file() or checkpoints(folder):
         return False
     with blame(folder, "it has a config.json as if finished, but no whole model; delete the "
                "config.json to train again"):
         json.loads(config.read_bytes())["model_type"]
-        if not (folder / weights[0]).is_file():
-            index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-            weights = sorted(set(index["weight_map"].values()))
-        for name in weights:
+        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
+        for name in {*shards} or {"model.safetensors"}:
             with safe_open(folder / name, "pt"):  # raises where it is cut off
                 pass
     return True
@@ -340,8 +317,7 @@ def is_finished(folder):
 def tidy(output):
     """Remove what only an unfinished run needs, and what one that was killed has left half done."""
     if distributed.first():
-        for folder in (output, *output.glob("step-*")):
-            shutil.rmtree(folder / HALF_DONE, ignore_errors=True)
+        shutil.rmtree(output / HALF_DONE, ignore_errors=True)
         for path in (output / LOCK, *checkpoints(output)):
             path.unlink(missing_ok=True)
 
@@ -355,8 +331,9 @@ def report(args, seconds):
     skipped = sum("skipped" in r for r in records)
     distributed.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
                     + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
-    if args.forget and (data := evaluation_flags(args, find(args.forget))):
-        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *data]))
+    flags = evaluation_flags(args, find(args.forget)) if args.forget else []
+    if flags:
+        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *flags]))
 
 
 def evaluation_flags(args, forget):
@@ -365,6 +342,8 @@ def evaluation_flags(args, forget):
         return ["--muse", str(forget.parent.parent)]
     if not forget.with_name(f"{forget.stem}_perturbed{forget.suffix}").exists():
         return []
-    prompt = {f"--{name}": getattr(args, name) for name in ("template", "system", "date")}
-    given = [word for flag, value in prompt.items() if value for word in (flag, value)]
-    return ["--forget", args.forget, *given]
+    flags = ["--forget", args.forget]
+    for name in ("template", "system", "date"):
+        if getattr(args, name):
+            flags += [f"--{name}", getattr(args, name)]
+    return flags
