@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --model ... --forget ...    on several GPUs or machines
 
 Reading order: the losses to choose from, the flags with their defaults, the loop (main), the pieces
-of a step, the model and its optimizer, checkpoints.
+of a step, the model and its optimizer.
 """
 
 import data.support  # first: it sets what OpenMP reads while torch loads
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import GenerationConfig
 
 from data.load import Prompt, collate, length_batches, load_examples
 from data.support import distributed, miniature, run_folder
@@ -29,9 +28,9 @@ from data.support.data_files import check_disjoint, find, retain_beside
 from data.support.errors import (Parser, blame, interval, nonempty, number, one_line_errors,
                                  require)
 from data.support.models import (check_mergeable, check_savable, context_length, fingerprint,
-                                 load_skeleton, load_start, merged, rope_borders,
-                                 savable_tensors, vocabulary)
-from data.support.optim import MOMENTS, StochasticAdamW
+                                 load_skeleton, load_start, rope_borders, savable_tensors,
+                                 save_model, vocabulary)
+from data.support.optim import StochasticAdamW, steps_taken
 from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad_ascent_loss,
                     head_logits, npo_loss, simnpo_loss, sum_answers, token_logps)
 
@@ -187,7 +186,7 @@ def arguments(argv):
 
 class State(NamedTuple):
     """What a step changes and a checkpoint holds."""
-    objective: nn.Module
+    model: nn.Module  # an AnswerModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing but for fp16
 
@@ -211,10 +210,10 @@ def main(argv=None):
     if run_folder.is_complete(args.output, settings, complete):
         return 0
     state = build(args)
-    borders = rope_borders(state.objective.model)  # lengths that LongRoPE sets apart in a batch
+    borders = rope_borders(state.model.lm)  # lengths that LongRoPE sets apart in a batch
     # NPO's reference is the start model, so it is scored before a checkpoint is loaded.
     needs_reference = bool(forget) and LOSSES[args.loss].needs_reference
-    ref_logps = score(state.objective, forget, args) if needs_reference else None
+    ref_logps = score(state.model, forget, args) if needs_reference else None
 
     n = len(forget or retain)
     batch = min(args.batch_size, n)  # every batch is full, passes follow each other without a gap
@@ -222,17 +221,17 @@ def main(argv=None):
     total = max(epochs)
 
     with run_folder.session(args, settings, total) as (start, log, caught):
-        load_checkpoint(state, args, start)
+        run_folder.load_checkpoint(state, args.output, start)
         step = start
         while True:  # here `step` steps are done
             if step in epochs:
-                log(step=step, epoch=epochs[step], **probe(state.objective, forget, retain, args))
+                log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and run_folder.is_due(args.snapshots, step, epochs):
-                save_model(state.objective, files, args.output / f"step-{step:06d}")
+                save_model(state.model.lm, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
             due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
-                save_checkpoint(state, args, step)
+                run_folder.save_checkpoint(state, args.output, step)
             if stop:
                 return run_folder.stopped(caught, step, total)
             if step == total:
@@ -248,12 +247,12 @@ def main(argv=None):
             # Each micro-batch divides by the whole step's count, so that the gradient does not
             # depend on how the step is split.
             for indices, scale in micro_batches(forget, forget_indices, args.max_tokens, borders):
-                loss = forget_losses(state.objective, forget, indices, ref_logps, args)
+                loss = forget_losses(state.model, forget, indices, ref_logps, args)
                 loss = loss.sum() * scale
                 state.scaler.scale(args.forget_weight * loss).backward()
                 losses[0] += loss.detach()
             for indices, scale in micro_batches(retain, retain_indices, args.max_tokens, borders):
-                loss = retain_losses(state.objective, retain, indices, args)
+                loss = retain_losses(state.model, retain, indices, args)
                 loss = loss.sum() * scale
                 state.scaler.scale(args.retain_weight * loss).backward()
                 losses[1] += loss.detach()
@@ -266,7 +265,7 @@ def main(argv=None):
         if not steps_taken(state.optimizer):
             raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
                                      "fp32")
-        save_model(state.objective, files, args.output)
+        save_model(state.model.lm, files, args.output)
         run_folder.tidy(args.output)
     return 0
 
@@ -320,21 +319,21 @@ def micro_batches(data, indices, max_tokens, borders=()):
     return plans[rank] + [(order[-1:], 0.0)] * fillers
 
 
-def forget_losses(objective, forget, indices, ref_logps, args):
+def forget_losses(model, forget, indices, ref_logps, args):
     """The loss of each forget sequence: (B,)."""
     loss = LOSSES[args.loss]
     ids, labels = on_device(forget, indices, args)
-    tokens = objective(ids, labels, loss.per_token)
+    tokens = model(ids, labels, loss.per_token)
     logps, lengths = sum_answers(tokens, labels)
     ref = ref_logps[indices] if ref_logps is not None else None
     return loss.function(Answers(logps, lengths, tokens, ref), args)
 
 
-def retain_losses(objective, retain, indices, args):
+def retain_losses(model, retain, indices, args):
     """Mean nll of each answer's tokens, or mean KL(start model || model) at them: (B,)."""
     ids, labels = on_device(retain, indices, args)
-    kl = objective.reference is not None
-    sums, lengths = sum_answers(objective(ids, labels, kl=kl), labels)
+    kl = model.reference is not None
+    sums, lengths = sum_answers(model(ids, labels, kl=kl), labels)
     return (sums if kl else -sums) / lengths
 
 
@@ -358,11 +357,11 @@ def update(state, losses, lr, args):
     Raises FloatingPointError, and changes no weight, where loss or gradient are not finite. In fp16
     a gradient may overflow: that step is skipped and the loss scale halved, down to 1.
     """
-    objective, optimizer, scaler = state
+    model, optimizer, scaler = state
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     norm = distributed.whole(nn.utils.clip_grad_norm_(trained, args.clip)).item()
     losses = (distributed.summed(losses) / distributed.world()).tolist()
     finite = math.isfinite(norm) or scaler.is_enabled()
@@ -384,22 +383,22 @@ def update(state, losses, lr, args):
 
 
 @torch.no_grad()
-def score(objective, data, args):
+def score(model, data, args):
     """Log-probability of each Example's answer, (n,) on every rank."""
     logps = torch.zeros(len(data), device=args.device)
-    objective.eval()
-    borders = rope_borders(objective.model)
+    model.eval()
+    borders = rope_borders(model.lm)
     for indices, scale in micro_batches(data, range(len(data)), args.max_tokens, borders):
         ids, labels = on_device(data, indices, args)
-        values, _ = sum_answers(objective(ids, labels), labels)
+        values, _ = sum_answers(model(ids, labels), labels)
         logps[indices] += values * (scale > 0)  # scale 0: a filler, which another rank scores
-    objective.train()
+    model.train()
     if distributed.world() > 1:
-        objective.reshard()  # without a backward, FSDP leaves the root's parameters gathered
+        model.reshard()  # without a backward, FSDP leaves the root's parameters gathered
     return distributed.summed(logps)
 
 
-def probe(objective, forget, retain, args, most=100):
+def probe(model, forget, retain, args, most=100):
     """{"forget_prob", "retain_prob"}: the mean of p(answer)^(1/|answer|) over at most 100 evenly
     spread Examples of either set."""
     record = {}
@@ -407,7 +406,7 @@ def probe(objective, forget, retain, args, most=100):
         if data:
             data = data[::math.ceil(len(data) / most)]
             lengths = torch.tensor([len(e.input_ids) - e.start for e in data], device=args.device)
-            record[name] = (score(objective, data, args) / lengths).exp().mean().item()
+            record[name] = (score(model, data, args) / lengths).exp().mean().item()
             if not math.isfinite(record[name]):
                 raise FloatingPointError(f"{name} {record[name]}")
     return record
@@ -415,13 +414,13 @@ def probe(objective, forget, retain, args, most=100):
 
 # Model and optimizer
 
-class Objective(nn.Module):
-    """The model as FSDP wraps it: forward returns the answers' log-probabilities, not logits, so
-    that the head runs within the sharded root."""
+class AnswerModel(nn.Module):
+    """A language model whose forward returns the answers' log-probabilities, not logits: FSDP wraps
+    this, so that the head runs within the sharded root. `autocast` is a dtype, or None for none."""
 
-    def __init__(self, model, reference=None, mixed=None):
+    def __init__(self, lm, reference=None, autocast=None):
         super().__init__()
-        self.model, self.reference, self.mixed = model, reference, mixed
+        self.lm, self.reference, self.autocast = lm, reference, autocast
 
     def train(self, mode=True):
         super().train(mode)
@@ -432,11 +431,11 @@ class Objective(nn.Module):
     def forward(self, input_ids, labels, per_token=token_logps, kl=False):
         """Log-probability of each answer token (or what else per_token makes of logits), or
         KL(reference || model) there: (B,T) -> (N,)."""
-        enabled = self.mixed is not None
-        with torch.autocast(input_ids.device.type, self.mixed, enabled=enabled):
+        enabled = self.autocast is not None
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=enabled):
             if kl:
-                return answer_token_kl(self.model, self.reference, input_ids, labels)
-            return answer_token_logps(self.model, input_ids, labels, per_token)
+                return answer_token_kl(self.lm, self.reference, input_ids, labels)
+            return answer_token_logps(self.lm, input_ids, labels, per_token)
 
 
 def answer_token_kl(model, reference, input_ids, labels):
@@ -461,32 +460,32 @@ def build(args):
     """The State: the model loaded, adapted and sharded; its optimizer and scaler."""
     with distributed.together():
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
-        model = load_start(args, dtype)
+        lm = load_start(args, dtype)
         with blame(args.model or args.init):
-            check_head(model)
+            check_head(lm)
         with_kl = args.forget and args.retain_loss == "kl"
         reference = load_start(args, dtype).requires_grad_(False) if with_kl else None
-    mixed = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
-    shapes = {name: tensor.shape for name, tensor in savable_tensors(model)}
+    autocast = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
+    shapes = {name: tensor.shape for name, tensor in savable_tensors(lm)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
-    model = adapt(model, args)
-    check_mergeable(model, shapes)
-    objective = Objective(model, reference, mixed).train()
+    lm = adapt(lm, args)
+    check_mergeable(lm, shapes)
+    model = AnswerModel(lm, reference, autocast).train()
     if distributed.world() > 1:
-        shard(objective)  # layer by layer onto the card: no card holds the whole
-    objective.to(args.device)
-    try_step(objective, args)
+        shard(model)  # layer by layer onto the card: no card holds the whole
+    model.to(args.device)
+    try_step(model, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
-    return State(objective, make_optimizer(objective.model, args), scaler)
+    return State(model, make_optimizer(lm, args), scaler)
 
 
-def try_step(objective, args):
+def try_step(model, args):
     """Raise InputError if a forward and backward pass fails, before any data is trained on: a
     dropout above 1, --compile without a compiler."""
     ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
     with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
-        objective(ids, ids).sum().backward()
-    objective.zero_grad()
+        model(ids, ids).sum().backward()
+    model.zero_grad()
 
 
 def adapt(model, args):
@@ -501,94 +500,26 @@ def adapt(model, args):
     return model
 
 
-def shard(objective):
+def shard(model):
     """FSDP2: each rank keeps a part of every parameter and gathers a layer when it computes it."""
-    policy = MixedPrecisionPolicy(param_dtype=objective.mixed, reduce_dtype=torch.float32)
-    objective.mixed = None  # FSDP casts; no autocast on top
-    for model in filter(None, (objective.model, objective.reference)):
+    policy = MixedPrecisionPolicy(param_dtype=model.autocast, reduce_dtype=torch.float32)
+    model.autocast = None  # FSDP casts
+    for lm in filter(None, (model.lm, model.reference)):
         # The first list of modules is the decoder's stack of layers.
-        layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
         for layer in layers:
             fully_shard(layer, mp_policy=policy)
-    fully_shard(objective, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
-def make_optimizer(model, args):
+def make_optimizer(lm, args):
     """AdamW, whose weight decay is for matrices only (not for norms and biases)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in lm.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     if args.bf16_weights:
         return StochasticAdamW(groups, args.lr)
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def steps_taken(optimizer):
-    """How many steps changed the weights: all but those that fp16 skipped."""
-    # All parameters count alike, but for experts that no token has reached yet.
-    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
-
-
-# Checkpoints: one file with weights and optimizer state, its step in the name, held by rank 0.
-
-def save_checkpoint(state, args, step):
-    """Write OUTPUT/checkpoint-STEP.safetensors, then remove the ones before."""
-    def stored():
-        for name, p in state.objective.model.named_parameters():
-            moments = state.optimizer.state.get(p, {})
-            yield f"weight.{name}", p
-            if moments.get("step"):  # 0 while fp16 has skipped all
-                yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
-
-    about = {"adam_step": steps_taken(state.optimizer), "scaler": state.scaler.state_dict()}
-    whole = distributed.gathered(stored())
-    if distributed.first():
-        run_folder.put_checkpoint(args.output, step, whole, about)
-    distributed.barrier()
-
-
-def load_checkpoint(state, args, step):
-    """Put back weights and optimizer state as they were after `step` steps, if any."""
-    if not step:
-        return
-    shapes = {f"weight.{name}": (p.shape, p.dtype)
-              for name, p in state.objective.model.named_parameters()}
-    with distributed.together():  # rank 0 reads and checks, the others get their parts from it
-        saved, about = {}, None
-        if distributed.first():
-            saved, about = run_folder.get_checkpoint(args.output, step, shapes)
-    about, names = distributed.from_first((about, {*saved}))
-    for name, p in state.objective.model.named_parameters():
-        with torch.no_grad():
-            weight = distributed.placed(saved.pop(f"weight.{name}", None), p)
-            distributed.local(p).copy_(distributed.local(weight))
-        if f"exp_avg.{name}" in names:
-            moments = {key: distributed.placed(saved.pop(f"{key}.{name}", None), p)
-                       for key in MOMENTS}
-            # The fused AdamW counts on the device.
-            counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
-            count = torch.tensor(float(about["adam_step"]), device=counted_on)
-            state.optimizer.state[p] = {"step": count, **moments}
-    with blame(args.output, "the scaler of its checkpoint cannot be used"):
-        state.scaler.load_state_dict(about["scaler"])
-
-
-def save_model(objective, files, folder):
-    """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
-    model = objective.model
-    with merged(model):  # until the file is written: on a CPU `weights` share the model's memory
-        weights = distributed.gathered(savable_tensors(model))
-        if distributed.first():
-            with run_folder.filling(folder) as scratch:
-                # Of what transformers writes only weights are kept; all else is as it was.
-                plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-                plain.generation_config = GenerationConfig()  # save_pretrained refuses some
-                plain.save_pretrained(scratch, state_dict=weights)
-                for written in scratch.glob("*config.json"):
-                    written.unlink()
-                for name, content in files.items():
-                    (scratch / name).write_bytes(content)
-    distributed.barrier()
 
 
 if __name__ == "__main__":

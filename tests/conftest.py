@@ -129,8 +129,9 @@ def in_child(connection, argv, program, interfere):
     torch.set_num_threads(1)
     # tqdm's own lock is for several processes, and outlives a killed one.
     tqdm.set_lock(threading.RLock())
-    load_checkpoint = train.load_checkpoint
-    train.load_checkpoint = lambda *args: connection.send("training") or load_checkpoint(*args)
+    folder = train.run_folder
+    load_checkpoint = folder.load_checkpoint
+    folder.load_checkpoint = lambda *args: connection.send("training") or load_checkpoint(*args)
     if interfere:
         interfere[0](*interfere[1:])
     with contextlib.redirect_stderr(io.StringIO()) as err:

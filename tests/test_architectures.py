@@ -149,7 +149,7 @@ def test_greedy_texts_in_a_batch_are_those_one_at_a_time(folder):
 def test_training_has_the_values_and_gradients_of_full_logits(folder):
     model, whole = load_pretrained(folder)[0], own(folder)
     simnpo.check_head(model)
-    logps = train.Objective(model).eval()(*collate(examples()))  # without dropout
+    logps = train.AnswerModel(model).eval()(*collate(examples()))  # without dropout
     wanted = torch.cat([own_logps(whole, e) for e in examples()])
     assert torch.allclose(logps, wanted, atol=1e-5)
     logps.mean().backward()

@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import stat
 import time
 from pathlib import Path
 
@@ -205,7 +204,7 @@ def not_finite(what, step):
         steps.append(1)
         if what == "weights" and len(steps) >= step:
             with torch.no_grad():
-                next(state.objective.parameters())[0, 0] = math.inf
+                next(state.model.parameters())[0, 0] = math.inf
         return record
     train.update = counted
     if what == "loss":

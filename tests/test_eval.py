@@ -298,7 +298,8 @@ def test_a_texts_values_do_not_depend_on_its_neighbours(kind, tmp_path):
         for (logps, *_), want in zip(evaluation.score_answers(model, examples, max_tokens), wanted):
             assert torch.allclose(logps.double(), want, atol=1e-4)
         args = SimpleNamespace(device="cpu", max_tokens=max_tokens)
-        assert torch.allclose(train.score(train.Objective(model), examples, args), sums, atol=1e-2)
+        scores = train.score(train.AnswerModel(model), examples, args)
+        assert torch.allclose(scores, sums, atol=1e-2)
     for net in (model.eval(), alone):
         net.get_output_embeddings().weight.data[1] = 0  # logit 0: never the largest, so no end
     prompts = some_prompts()

@@ -162,5 +162,5 @@ def test_log_probabilities_of_states_by_hand(folder, far_from_uniform):
     by_hand = [math.log(state_probabilities(far_from_uniform, row.input_ids[:t])[state - 2])
                for row in rows for t, state in enumerate(row.input_ids) if t > 0]
     with mock.patch.object(train, "answer_token_logps", state_logps):  # as the study does
-        got = train.Objective(far_from_uniform)(*collate(rows))
+        got = train.AnswerModel(far_from_uniform)(*collate(rows))
     assert got.tolist() == pytest.approx(by_hand, rel=1e-9)

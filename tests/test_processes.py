@@ -342,8 +342,9 @@ def one_killable_rank(connection, argv):
     ctypes.CDLL(None).prctl(1, 0)  # torchrun's ranks do not die with it, as these would
     distributed.PARENT = os.getppid()
     torch.set_num_threads(1)
-    load_checkpoint, update = train.load_checkpoint, train.update
-    train.load_checkpoint = lambda *a: connection.send(os.getpid()) or load_checkpoint(*a)
+    folder = train.run_folder
+    load_checkpoint, update = folder.load_checkpoint, train.update
+    folder.load_checkpoint = lambda *a: connection.send(os.getpid()) or load_checkpoint(*a)
     train.update = lambda *a: connection.send("step") or update(*a)
     with open("stderr", "a") as err, contextlib.redirect_stderr(err):
         with contextlib.redirect_stdout(io.StringIO()):

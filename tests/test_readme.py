@@ -193,10 +193,10 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
         models.append(model)
         return model
 
-    def watch(objective, args, folder):
+    def watch(model, files, folder):
         with torch.no_grad():
-            logits.append((folder, objective.model.eval()(ids).logits))
-        save(objective, args, folder)
+            logits.append((folder, model.eval()(ids).logits))
+        save(model, files, folder)
 
     monkeypatch.setattr(train, "adapt", adapt)
     monkeypatch.setattr(train, "save_model", watch)

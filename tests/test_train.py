@@ -90,15 +90,15 @@ def plain_loss(model, reference, forget, retain, loss, retain_loss):
 def step(model, reference, forget, retain, args):
     """The gradient of main's two loops over micro-batches: {name: tensor}, and the two losses."""
     model.zero_grad()
-    objective = train.Objective(model, reference if args.retain_loss == "kl" else None)
+    wrapped = train.AnswerModel(model, reference if args.retain_loss == "kl" else None)
     losses = torch.zeros(2)
     for indices, scale in train.micro_batches(forget, range(len(forget)), args.max_tokens):
         ref_logps = REF_LOGPS if args.loss == "npo" else None
-        loss = scale * train.forget_losses(objective, forget, indices, ref_logps, args).sum()
+        loss = scale * train.forget_losses(wrapped, forget, indices, ref_logps, args).sum()
         (args.forget_weight * loss).backward()
         losses[0] += loss.item()
     for indices, scale in train.micro_batches(retain, range(len(retain)), args.max_tokens):
-        loss = scale * train.retain_losses(objective, retain, indices, args).sum()
+        loss = scale * train.retain_losses(wrapped, retain, indices, args).sum()
         (args.retain_weight * loss).backward()
         losses[1] += loss.item()
     return {name: p.grad.clone() for name, p in model.named_parameters()}, losses
@@ -204,10 +204,10 @@ def test_checkpointing_gives_the_same_gradient():
 
 def test_the_reference_has_no_dropout():
     """The frozen copy of the KL term stays in evaluation mode when the model trains."""
-    objective = train.Objective(tiny(), tiny(seed=1).eval())
-    train.score(objective, FORGET, arguments())
-    objective.train()
-    assert objective.model.training and not objective.reference.training
+    model = train.AnswerModel(tiny(), tiny(seed=1).eval())
+    train.score(model, FORGET, arguments())
+    model.train()
+    assert model.lm.training and not model.reference.training
 
 
 # Data order and learning rate
@@ -382,7 +382,7 @@ def test_mains_first_step_has_the_gradient_of_the_formula(loss, retain_loss, max
     update, seen = train.update, {}
 
     def spy(state, *args):
-        named = state.objective.model.named_parameters()
+        named = state.model.lm.named_parameters()
         seen.update({name: p.grad.clone() for name, p in named})
         return update(state, *args)
 

@@ -73,8 +73,8 @@ def from_first(value):
 
 def agree(place, settings):
     """Raise InputError, on all ranks, unless each has the settings that rank 0 has."""
-    first = from_first(settings)
-    other = [key.replace("_", "-") for key in first if settings.get(key) != first[key]]
+    expected = from_first(settings)
+    other = [key.replace("_", "-") for key in expected if settings.get(key) != expected[key]]
     with together():
         require(not other, f"{place}: rank {rank()} has another {', '.join(other)} than rank 0; "
                 "all need the same arguments and files")

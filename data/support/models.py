@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          LogitsProcessor)
 from transformers.utils import cached_file, has_file, logging
 from transformers.utils.hub import get_session, hf_hub_url
 
+from . import distributed
 from .data_files import POINTER, POINTER_SAYS
 from .errors import InputError, blame, require
+from .run_folder import filling
 
 logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
 if not sys.stderr.isatty():
@@ -343,6 +346,23 @@ def fingerprint(path):
             while block := content.read(2**24):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def save_model(model, files, folder):
+    """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
+    with merged(model):  # until the file is written: on a CPU `weights` share the model's memory
+        weights = distributed.gathered(savable_tensors(model))
+        if distributed.first():
+            with filling(folder) as scratch:
+                # Of what transformers writes only weights are kept; all else is as it was.
+                plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+                plain.generation_config = GenerationConfig()  # it refuses to save some of them
+                plain.save_pretrained(scratch, state_dict=weights)
+                for written in scratch.glob("*config.json"):
+                    written.unlink()
+                for name, content in files.items():
+                    (scratch / name).write_bytes(content)
+    distributed.barrier()
 
 
 def savable_tensors(model):

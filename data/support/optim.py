@@ -1,10 +1,17 @@
-"""AdamW for weights, gradients and moments that are all kept in bf16 (--bf16-weights)."""
+"""AdamW for weights, gradients and moments that are all kept in bf16 (--bf16-weights), and what a
+checkpoint holds of either AdamW."""
 
 import torch
 
 from .distributed import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its count of steps
+
+
+def steps_taken(optimizer):
+    """How many steps changed the weights: all but those that fp16 skipped."""
+    # All parameters count alike, but for experts that no token has reached yet.
+    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
 
 
 class StochasticAdamW(torch.optim.Optimizer):

@@ -23,6 +23,7 @@ import signal
 import tempfile
 import time
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from . import distributed
 from .data_files import find
 from .errors import HELP, Failure, blame, caught_signals, cause, in_short, require
+from .optim import MOMENTS, StochasticAdamW, steps_taken
 
 UNKEPT = {"output", "resume", "device"}  # arguments that args.json does not hold
 NAMES = {"forget", "retain", "model", "init"}  # may differ: their content is compared, by its hash
@@ -265,19 +267,57 @@ def newest_step(output, total):
     return step
 
 
-def put_checkpoint(output, step, tensors, about):
-    """Write a checkpoint file, then remove the ones before."""
-    path = output / f"checkpoint-{step:08d}.safetensors"
-    with filling(output) as scratch:
-        about = {**about, "step": step, "tensors": len(tensors)}
-        about = {key: json.dumps(value) for key, value in about.items()}
-        save_file(tensors, scratch / path.name, about)
-    for old in checkpoints(output):
-        if old != path:
-            old.unlink()
+def save_checkpoint(state, output, step):
+    """Write OUTPUT/checkpoint-STEP.safetensors with weights and optimizer state, whole, from rank
+    0; then remove the ones before."""
+    def stored():
+        for name, p in state.model.lm.named_parameters():
+            moments = state.optimizer.state.get(p, {})
+            yield f"weight.{name}", p
+            if moments.get("step"):  # 0 while fp16 has skipped all
+                yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
+
+    tensors = distributed.gathered(stored())
+    about = {"step": step, "tensors": len(tensors), "adam_step": steps_taken(state.optimizer),
+             "scaler": state.scaler.state_dict()}
+    if distributed.first():
+        path = output / f"checkpoint-{step:08d}.safetensors"
+        with filling(output) as scratch:
+            about = {key: json.dumps(value) for key, value in about.items()}
+            save_file(tensors, scratch / path.name, about)
+        for old in checkpoints(output):
+            if old != path:
+                old.unlink()
+    distributed.barrier()
 
 
-def get_checkpoint(output, step, shapes):
+def load_checkpoint(state, output, step):
+    """Put back weights and optimizer state as they were after `step` steps, if any."""
+    if not step:
+        return
+    named = [*state.model.lm.named_parameters()]
+    with distributed.together():  # rank 0 reads and checks, the others get their parts from it
+        saved, about = {}, None
+        if distributed.first():
+            shapes = {f"weight.{name}": (p.shape, p.dtype) for name, p in named}
+            saved, about = read_checkpoint(output, step, shapes)
+    about, names = distributed.from_first((about, {*saved}))
+    for name, p in named:
+        with torch.no_grad():
+            weight = distributed.placed(saved.pop(f"weight.{name}", None), p)
+            distributed.local(p).copy_(distributed.local(weight))
+        if f"exp_avg.{name}" in names:
+            moments = {key: distributed.placed(saved.pop(f"{key}.{name}", None), p)
+                       for key in MOMENTS}
+            # The fused AdamW counts on the device.
+            counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
+            count = torch.tensor(float(about["adam_step"]), device=counted_on)
+            state.optimizer.state[p] = {"step": count, **moments}
+    with blame(output, "the scaler of its checkpoint cannot be used"):
+        state.scaler.load_state_dict(about["scaler"])
+
+
+def read_checkpoint(output, step, shapes):
     """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
     weights of these {name: (shape, dtype)}, and the moments of those that were trained."""
     path, *older = checkpoints(output)
@@ -287,7 +327,7 @@ def get_checkpoint(output, step, shapes):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
         expected = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
-                             for name in trained for moment in ("exp_avg", "exp_avg_sq")}
+                             for name in trained for moment in MOMENTS}
         held = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         counts = range(1, step + 1) if trained else [0]  # without steps that fp16 skipped
         if (held, about["step"], about["tensors"]) != (expected, step, len(held)) or (

@@ -204,14 +204,14 @@ def step_full_logits(model, forget, retain, width, args, precision):
 
 def step_ours(model, forget, retain, args):
     """The two loops of train.main."""
-    objective, total = train.Objective(model, mixed=mixed_dtype(args)), 0.0
+    wrapped, total = train.AnswerModel(model, autocast=mixed_dtype(args)), 0.0
     for at, share in train.micro_batches(forget, range(len(forget)), args.max_tokens):
-        losses = train.forget_losses(objective, forget, at, None, args)
+        losses = train.forget_losses(wrapped, forget, at, None, args)
         loss = args.forget_weight * share * losses.sum()
         loss.backward()
         total += loss.detach()
     for at, share in train.micro_batches(retain, range(len(retain)), args.max_tokens):
-        loss = args.retain_weight * share * train.retain_losses(objective, retain, at, args).sum()
+        loss = args.retain_weight * share * train.retain_losses(wrapped, retain, at, args).sum()
         loss.backward()
         total += loss.detach()
     return float(total)
