@@ -19,7 +19,7 @@ import train
 from data.load import collate, load_examples
 from data.support.data_files import check_disjoint
 from data.support.models import load_config, load_tokenizer
-from studies import make_markov
+from studies import common, make_markov, markov
 from studies.markov import divergence, state_logps
 
 FILES = {"retain": 8000, "forget1": 4000, "forget2": 4000,
@@ -164,3 +164,17 @@ def test_log_probabilities_of_states_by_hand(folder, far_from_uniform):
     with mock.patch.object(train, "answer_token_logps", state_logps):  # as the study does
         got = train.AnswerModel(far_from_uniform)(*collate(rows))
     assert got.tolist() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_a_run_of_the_study(folder, tmp_path, monkeypatch):
+    """From a model that knows nothing: unlearning moves the forget chains away from the truth."""
+    monkeypatch.setattr(markov, "DATA", folder)
+    monkeypatch.setattr(markov, "HOME", tmp_path)
+    retain = tmp_path / "retain.jsonl"
+    lines = (folder / "never_learned" / "retain.jsonl").read_text().splitlines(keepends=True)
+    retain.write_text("".join(lines[:64]))
+    target = common.run(tmp_path / "never_learned" / "target", "--epochs 1 --batch-size 32 --lr "
+                        "5e-4 --save-every 0", init=folder / "model", retain=retain)
+    before = markov.divergences(target, folder / "never_learned")
+    after = markov.unlearned("never_learned", "SimNPO", 3)
+    assert all(after[chain] > before[chain] + 0.1 for chain in ("forget1", "forget2"))
