@@ -202,7 +202,7 @@ def watched(output, flags, target, forget, retain, goal, part=slice(None), lengt
         keep_only(output, output / f"step-{nearest(found, goal, part)[0]:06d}")
         return found
 
-    return stored(output.with_suffix(".json"), measure)
+    return stored(output.with_name(f"{output.name}.json"), measure)
 
 
 def nearest(points, goal, part=slice(None)):
