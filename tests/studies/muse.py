@@ -100,14 +100,12 @@ def study(options):
 def draw(ends, results, picture):
     figure, panel = pyplot().subplots(figsize=(7, 4.2), layout="tight")
     x, y = "KnowMem forget", "KnowMem retain"
-    for i, (method, rs) in enumerate(results.items()):
-        panel.plot([r[x] for r in rs], [r[y] for r in rs], "o", color=f"C{i}", ms=8)
-        panel.annotate(method, (statistics.fmean(r[x] for r in rs), max(r[y] for r in rs)),
-                       xytext=(0, 8), textcoords="offset points", color=f"C{i}", ha="center")
+    for i, (method, found) in enumerate(results.items()):
+        panel.plot([r[x] for r in found], [r[y] for r in found], "o", color=f"C{i}", ms=9,
+                   alpha=0.8, label=method)
     for name, marker in (("target", "ks"), ("retrained", "k*")):
-        panel.plot(ends[name][x], ends[name][y], marker, ms=13)
-        panel.annotate(name, (ends[name][x], ends[name][y]), xytext=(0, -16), ha="center",
-                       textcoords="offset points")
-    panel.set(xlabel="knowledge of the forget texts (KnowMem)",
-              ylabel="knowledge of retain texts (KnowMem)", xlim=(0, 100), ylim=(0, 100))
+        panel.plot(ends[name][x], ends[name][y], marker, ms=14, label=name)
+    panel.set(xlabel="knowledge of the forget texts (KnowMem)", xlim=(50, 90), ylim=(60, 90),
+              ylabel="knowledge of retain texts (KnowMem)")
+    panel.legend(frameon=False, loc="lower right")
     figure.savefig(picture, dpi=110)
