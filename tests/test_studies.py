@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.load import collate, load_examples
 from simnpo import sequence_logps
-from studies import common, methods, weights
+from studies import bench_eval, common, methods, weights
 
 
 def test_at_equal_pull_both_gradients_are_as_long(tmp_path):
@@ -75,3 +77,13 @@ def test_weights_by_formula():
     ratio = (p / 0.2) ** (0.1 * weights.TOKENS)
     by_hand = weights.TOKENS * 2 * ratio / (1 + ratio)
     assert npo.tolist() == pytest.approx(by_hand.tolist(), rel=1e-5)
+
+
+def test_the_benchmark_of_evaluation(tmp_path, monkeypatch, capsys):
+    """It compares eval.py with one question at a time, and both agree."""
+    model = str(write_model(tmp_path / "model"))
+    monkeypatch.setattr(sys, "argv", ["bench_eval.py", "--model", model, "--questions", "6"])
+    bench_eval.main()
+    printed = capsys.readouterr().out
+    assert "the same text for 6 of 6" in printed
+    assert float(re.search("difference of a mean nll (.*?),", printed)[1]) < 1e-4

@@ -47,7 +47,7 @@ def straightforward(model, tokenizer, records, max_new_tokens):
         new = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False,
                              pad_token_id=tokenizer.pad_token_id)
         new = new[0, prompt.input_ids.shape[1]:]
-        evaluations.append((nlls, tokenizer.decode(new, skip_special_tokens=True)))
+        results.append((nlls, tokenizer.decode(new, skip_special_tokens=True)))
     return results
 
 
