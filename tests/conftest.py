@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import train
+from data.support import distributed
 
 
 def write_model(folder, seed=0, family=LlamaConfig, **changes):
@@ -114,6 +115,15 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def be_rank(rank, port):
+    """Make this process one of two, with torchrun's variables."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_RUN_ID": "test"}
+    distributed.PARENT = os.getppid()
+    torch.set_num_threads(1)
 
 
 # Runs in processes of their own

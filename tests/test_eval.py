@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SERVER, free_port, write_lines, write_model, write_muse, write_tofu
+from conftest import (ROOT, SERVER, be_rank, free_port, write_lines, write_model, write_muse,
+                      write_tofu)
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import chisquare, hmean
 from sklearn.metrics import roc_auc_score
@@ -1085,9 +1086,7 @@ def test_two_ranks_have_the_same_arguments_and_files(pair, tofu, tmp_path):
 
 
 def one_rank(rank, port, said, argv):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    be_rank(rank, port)
     if (said.parent / str(rank)).is_dir():  # as on two machines
         os.chdir(said.parent / str(rank))
     with open(said, "a") as file, contextlib.redirect_stdout(file):

@@ -5,7 +5,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -14,8 +13,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (RECORDS, SERVER, free_port, log, stop_after, weights, write_data,
-                      write_lines, write_model)
+from conftest import (RECORDS, SERVER, be_rank, free_port, log, stop_after, weights,
+                      write_data, write_lines, write_model)
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -577,9 +576,7 @@ def five_steps(folder, options, output, *more):
 
 def two_ranks(rank, folder, port):
     """What each of the two processes does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    be_rank(rank, port)
     for name, options in RUNS.items():
         assert five_steps(folder, options, f"{name}-2") == 0
     assert five_steps(folder, RUNS["tied"], "stopped-by-1", "--resume") == 0

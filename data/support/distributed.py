@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from .errors import InputError, blame, first, given_rank, require, under_torchrun
+from .errors import InputError, blame, first, require
 
 PARENT = os.getppid()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def world():
 
 def start(name):
     """Check the device, make it this process's (its own card where there are several), and join the
-    other processes under torchrun."""
+    other processes, if torchrun has started them: it alone says who and where they are."""
     with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
@@ -35,10 +35,7 @@ def start(name):
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # what "cuda" means from here on
         torch.ones(1, device=device).item()
-    if "RANK" in os.environ and not dist.is_initialized():
-        require(given_rank() is not None, f"RANK={os.environ['RANK']} in the environment, as under "
-                "torchrun, but not a rank below WORLD_SIZE with MASTER_ADDR and MASTER_PORT; "
-                "unset RANK to run on its own")
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -92,8 +89,8 @@ def any_rank(flag, device):
 
 
 def orphaned():
-    """Whether torchrun, which started this process, is gone. Others who start ranks may go."""
-    return under_torchrun() and os.getppid() != PARENT
+    """Whether torchrun, which started this process, is gone."""
+    return dist.is_torchelastic_launched() and os.getppid() != PARENT
 
 
 def barrier():

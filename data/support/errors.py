@@ -119,23 +119,9 @@ def interval(text):
 
 # The end of a program
 
-def under_torchrun():
-    """Whether torchrun started this process, passes signals on to it and waits for its end."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def given_rank():
-    """The rank that the environment gives this process; None unless it says, as torchrun does, of
-    how many, and where they meet."""
-    rank, world, host, port = (os.environ.get(name, "") for name in (
-        "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    numbers = all(x.isascii() and x.isdigit() for x in (rank, world, port))
-    return int(rank) if numbers and host and int(rank) < int(world) else None
-
-
 def first():
-    """Whether this process speaks and writes for all: rank 0, or a process by itself."""
-    return not given_rank()
+    """Whether this process speaks and writes for all: torchrun's rank 0, or a process by itself."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def one_line_errors(main):
@@ -180,7 +166,7 @@ def caught_signals(*numbers):
 
     def note(number, frame):
         caught.append(number)
-        if number == signal.SIGINT and not under_torchrun():
+        if number == signal.SIGINT and not dist.is_torchelastic_launched():
             signal.signal(number, signal.SIG_DFL)
 
     before, main_thread = {}, threading.current_thread() is threading.main_thread()
