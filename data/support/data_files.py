@@ -2,10 +2,9 @@
 (data/README.md describes the formats)."""
 
 import codecs
-import contextlib
-import difflib
 import json
 import re
+import textwrap
 from pathlib import Path
 
 from .errors import InputError, blame, require
@@ -28,16 +27,13 @@ def find(path):
         for suffix in ("", *SUFFIXES) if path.name else ():
             if path.with_name(path.name + suffix).is_file():
                 return path.with_name(path.name + suffix)
-        if path.is_dir():
-            names = data_files(path)
-            require(len(names) == 1, f"{path}: a folder, where one data file is meant; data files "
-                    f"in it: {', '.join(names[:20]) or 'none'}")
+        folder = path if path.is_dir() else path.parent
+        names = data_files(folder)
+        if path.is_dir() and len(names) == 1:
             return path / names[0]
-        beside = [Path(name).stem for name in data_files(path.parent)]
-    close = difflib.get_close_matches(path.name, beside, n=5, cutoff=0.3) or beside[:5]
-    hint = f"beside it: {', '.join(close)}" if close else "its folder holds no data file"
-    raise InputError(f"{path}: no such data file (tried {', '.join(SUFFIXES)}); {hint}; "
-                     "real TOFU and MUSE: python data/download.py")
+    raise InputError(f"{path}: no such data file (tried {', '.join(SUFFIXES)}); {folder} has "
+                     f"{', '.join(names[:20]) or 'none'}; real TOFU and MUSE: python "
+                     "data/download.py")
 
 
 def data_files(folder):
@@ -77,34 +73,24 @@ def read_text(path):
     with blame(path, "cannot be read"):
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     require(not POINTER.match(data), f"{path}:1: {POINTER_SAYS}")
-    for sign, name in FOREIGN.items():
-        found = path.suffix.lower() == sign if isinstance(sign, str) else re.match(sign, data)
-        require(not found, f"{path}:1: {name}, not JSON or plain text; {CONVERT}")
+    other = FOREIGN.match(data)
+    require(not other, f"{path}:1: {other and other.lastgroup}, not text; {CONVERT}")
     try:
-        text = data.decode().replace("\r\n", "\n")
+        text, end = data.decode().replace("\r\n", "\n"), data.find(b"\0")
     except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
-        raise InputError(f"{path}:{line}: byte {e.start} is not UTF-8; save it as UTF-8") from None
-    before, nul, _ = text.partition("\0")
-    line = before.count("\n") + 1
-    require(not nul, f"{path}:{line}: a NUL byte, so no text; perhaps UTF-16: save it as UTF-8")
+        end = e.start
+    line = data.count(b"\n", 0, end) + 1
+    require(end < 0, f"{path}:{line}: byte {end} is not of a text in UTF-8; {CONVERT}")
     return text
 
 
-CONVERT = "data/README.md says how to make JSON lines of it"
+CONVERT = "data/README.md has the formats, and how to convert others"
 # What a clone holds in place of large files
 POINTER = re.compile(rb"version https://git-lfs|\S*/annex/objects/\S+\s*$")
-POINTER_SAYS = ("a Git LFS or git-annex pointer, not the file itself; run: git lfs pull, or "
-                "git annex get")
-FOREIGN = {  # how the files of other formats begin, or their suffix
-    rb"PAR1": "parquet", rb"ARROW1|\xff{4}": "arrow", rb"\x1f\x8b": "gzip", rb"BZh": "bzip2",
-    rb"\xfd7zXZ": "xz", rb"\x28\xb5\x2f\xfd": "zstandard",
-    rb"(?s)PK\x03\x04.*\[Content_Types\]|\xd0\xcf\x11\xe0": "Excel or Word",
-    rb"(?s)PK\x03\x04.{26}mimetype": "OpenDocument", rb"PK\x03\x04": "zip",
-    rb"%PDF|\{\\rtf": "PDF or RTF", rb"(?is)\s*<(!doctype|\?xml|html)\b": "HTML or XML",
-    rb"(?is)\s*<[a-z!][^<>]*>.*(</[^<>]+|/)>\s*$": "HTML or XML",  # first and last is a tag
-    rb"(---\s+)?- ['\"\w]+: .*\n(  .*\n|\r?\n)*?  ['\"\w]+:\s": "YAML",  # a list of mappings
-    ".csv": "CSV", ".tsv": "TSV"}
+POINTER_SAYS = "a Git LFS or git-annex pointer, not the file itself; fetch that"
+FOREIGN = re.compile(  # how files of other formats begin
+    rb"(?P<parquet>PAR1)|(?P<Arrow>ARROW1|\xff{4})|(?P<PDF>%PDF)|(?P<Excel>\xd0\xcf)|"
+    rb"(?P<compressed>\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\x04)")
 
 
 def json_values(path, text):
@@ -120,7 +106,7 @@ def json_values(path, text):
         except (ValueError, RecursionError) as e:
             line += getattr(e, "lineno", 1) - 1
             raise InputError(f"{path}:{line}: not JSON: {getattr(e, 'msg', e)}; one object a line "
-                             "is read, or one array; is the file cut off?") from None
+                             f"is read, or one array; {CONVERT}") from None
 
     if text.lstrip().startswith("["):
         return [(f"{path}:1: record {n}", value) for n, value in enumerate(parse(1, text), 1)]
@@ -133,20 +119,13 @@ PAIRED = set("id text label question answer prompt completion instruction input 
 
 
 def check_prose(where, text):
-    """Raise InputError for a text that is records: JSON, however often encoded and however
-    indented, their Python form, a table whose first line names its columns, or what begins with
-    names of fields and their values (YAML, TOML, JSON after a comment)."""
-    head = text.strip().split("\n", 1)[0]
-    found = re.match(r"""[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
-    for part in (head, text):
-        with contextlib.suppress(ValueError, RecursionError):
-            found = found or isinstance(json.loads(part), (dict, list))
-    require(not found, f"{where}: a text that is JSON itself; write records as objects, one a "
-            "line, into a file that ends in .jsonl")
+    """Raise InputError for a text that is records: JSON, however often encoded, a table whose first
+    line names its columns, or what begins with names of fields and their values."""
+    encoded = re.match(r"""\s*\[\s*"|[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
+    head, start = text.strip().split("\n", 1)[0], text.strip()[:1000]
     names = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
-    start = text.strip()[:1000]
     names |= {*re.findall(r"""(?m)(?:^|[{,])[- {]*['"]?(\w+)['"]? *[:=]\s""", start)}
-    require(len(names & PAIRED) < 2, f"{where}: a table or records, not a text; write records as "
+    require(not encoded and len(names & PAIRED) < 2, f"{where}: records, not a text; write them as "
             "JSON objects, one a line, into a file that ends in .jsonl")
 
 
@@ -164,15 +143,9 @@ def check_record(where, record):
     names = ", ".join(map(ascii, list(record)[:8])) or "no field"
     record = {name: value for name, value in record.items() if value is not None}
     kind = kind_of(record)
-    if [type(record.get(name)) for name in ("prompt", "completion")] == [str, str]:
-        raise InputError(f"{where}: prompt and completion, where question and answer are meant; "
-                         + CONVERT)
-    require(kind, f"{where}: no known field; a record has question and answer, or text, or "
-            f"input_ids; this one has {names}")
+    require(kind, f"{where}: a record has question and answer, or text, or input_ids; this one has "
+            f"{names}; {CONVERT}")
     fields = {name: record.get(name) for name in KINDS[kind]}
-    column = dict if kind == "input_ids" else (dict, list)
-    if all(isinstance(value, column) for value in fields.values()):
-        raise InputError(f"{where}: columns, as pandas writes them, not records; {CONVERT}")
     unread = sorted(name for name in record.keys() - fields.keys() if name in KINDS or
                     name not in ABOUT and isinstance(record[name], (str, list, dict)))
     require(not unread, f"{where}: {', '.join(unread)} beside {kind}: may say what to "
@@ -185,17 +158,12 @@ def check_record(where, record):
         return record
     if "paraphrased_answer" in record:
         fields["paraphrased_answer"] = record["paraphrased_answer"]
-    if "perturbed_answer" in record:
-        answers = record["perturbed_answer"]
-        require(isinstance(answers, list) and answers,
-                f"{where}: perturbed_answer must be a list of strings, with one at least")
-        fields |= {f"perturbed_answer[{i}]": answer for i, answer in enumerate(answers)}
+    answers = record.get("perturbed_answer", ["none"])
+    require(isinstance(answers, list) and answers, f"{where}: perturbed_answer must be a list")
+    fields |= {f"perturbed_answer[{i}]": answer for i, answer in enumerate(answers)}
     for name, value in fields.items():
-        require(value is not None, f"{where}: {name} is missing")
-        require(isinstance(value, str), f"{where}: {name} is {type(value).__name__}, not a string")
-        require(value.strip(), f"{where}: {name} is empty")
-        require(not re.search("[\ud800-\udfff]", value),
-                f"{where}: {name} holds half of a UTF-16 surrogate pair, which is no character")
+        text = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+        require(text, f"{where}: {name} is {textwrap.shorten(ascii(value), 60)}; it must be a text")
     return record
 
 
@@ -235,12 +203,8 @@ def tofu_files(forget):
     holdout05), which neither the target nor the reference has seen.
     """
     stem = forget.stem.removesuffix("_perturbed")
-    files = {}
-    for split, name in {"forget": f"{stem}_perturbed", **BESIDE}.items():
-        try:
-            files[split] = find(forget.with_name(name))
-        except InputError as e:
-            raise InputError(f"{e}; TOFU's evaluation needs this file beside {forget}") from None
+    files = {split: find(forget.with_name(name))
+             for split, name in {"forget": f"{stem}_perturbed", **BESIDE}.items()}
     holdout = stem.replace("forget", "holdout")
     if holdout != stem and {holdout + s for s in SUFFIXES} & {*data_files(forget.parent)}:
         files["holdout"] = find(forget.with_name(holdout))
