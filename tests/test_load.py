@@ -657,7 +657,6 @@ BAD = [  # what follows three good lines, or a file of its own; line, message
     (f"[{qa()}\n{qa()}]", 2, "',' delimiter"), (f"[\n{qa()}]\n{qa()}", 3, "Extra data"),
     (json.dumps(QA[0], indent=2), 1, "one object a line"), (f"[{qa()}, {qa(answer='')}]", 1,
                                                             "record 2: answer is"),
-    (LINES + qa()[:-1] + ', "answer": "She."}', 4, "twice in one object"),
     ("", 1, "no record"), ("[]", 1, "no record"), ("\ufeff \n", 1, "no record"),
     ("NaN", 1, "float"),
     (LINES + '"\x00"', 4, "byte"), ('{"input_ids": [1, 1e9]}', 1, "token numbers"),

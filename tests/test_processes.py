@@ -299,7 +299,7 @@ def fail_in(rank, who, step, error):
 
 @pytest.mark.parametrize("who, error, culprits", [
     (0, "disk", ("stopped after step 2", "No space left on device")),
-    (1, "memory", ("out of memory after step 2", "--max-tokens"))])
+    (1, "memory", ("out of memory", "after step 2", "--max-tokens"))])
 def test_one_rank_fails(who, error, culprits, world):
     """It says why; the other ends, too."""
     argv = words(f"{RUN} --epochs 2", world)
@@ -312,7 +312,7 @@ def test_one_rank_fails(who, error, culprits, world):
 def test_what_is_not_finite_is_said_once(world):
     argv = words(f"{RUN} --epochs 2", world)
     first, second = two_ranks([argv, argv], fail_in, 1, 3, "NaN")
-    assert_one_line(first, 1, "not finite after step 2", "checkpoint-00000002", "a lower --lr")
+    assert_one_line(first, 1, "not finite after step 2", "checkpoint-00000002")
     assert second == (1, "")
 
 

@@ -95,23 +95,19 @@ FOREIGN = re.compile(  # how files of other formats begin
 
 def json_values(path, text):
     """[(file:line, value)] of JSON lines, or of one array, whose records are numbered."""
-    def unique(pairs):
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError("a field that stands twice in one object")
-        return dict(pairs)
-
-    def parse(line, part):
-        try:
-            return json.loads(part, object_pairs_hook=unique)
-        except (ValueError, RecursionError) as e:
-            line += getattr(e, "lineno", 1) - 1
-            raise InputError(f"{path}:{line}: not JSON: {getattr(e, 'msg', e)}; one object a line "
-                             f"is read, or one array; {CONVERT}") from None
-
-    if text.lstrip().startswith("["):
-        return [(f"{path}:1: record {n}", value) for n, value in enumerate(parse(1, text), 1)]
-    return [(f"{path}:{n}", parse(n, line))
-            for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    array = text.lstrip().startswith("[")
+    values = []
+    for n, part in enumerate([text] if array else text.split("\n"), 1):
+        if part.strip():
+            try:
+                values.append((f"{path}:{n}", json.loads(part)))
+            except (ValueError, RecursionError) as e:
+                n += getattr(e, "lineno", 1) - 1
+                raise InputError(f"{path}:{n}: not JSON: {getattr(e, 'msg', e)}; one object a line "
+                                 f"is read, or one array; {CONVERT}") from None
+    if array:
+        return [(f"{path}:1: record {n}", value) for n, value in enumerate(values[0][1], 1)]
+    return values
 
 
 PAIRED = set("id text label question answer prompt completion instruction input output response"

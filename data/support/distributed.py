@@ -30,7 +30,6 @@ def start(name):
     with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
-            require(torch.cuda.is_available(), f"--device {name}: torch finds no GPU here")
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)  # what "cuda" means from here on
@@ -62,10 +61,7 @@ def on_all_ranks(value):
 
 def from_first(value):
     """Rank 0's value, on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
+    return on_all_ranks(value)[0]
 
 
 def agree(place, settings):

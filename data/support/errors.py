@@ -42,7 +42,7 @@ def blame(place, what="cannot be used"):
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # whatever damaged files provoke in libraries, panics in Rust, too
-        if cause(e) == "out of memory":
+        if cause(e) == OUT_OF_MEMORY:
             raise
         raise InputError(f"{place}: {what}: {in_short(e)}") from None
 
@@ -53,23 +53,18 @@ def in_short(error):
     return textwrap.shorten(said, 240, placeholder=" ...")
 
 
-HELP = {"not finite": "; a lower --lr may help",
-        "out of memory": "; lower --max-tokens (eval.py: or --batch-size); train.py has "
-                         "--checkpointing and --bf16-weights, too"}
-
-
 def cause(error):
     """What stopped a program that began well, in a few words. None for a defect of the program."""
-    if isinstance(error, FloatingPointError):
-        return "not finite"
-    if isinstance(error, Failure):
-        return "stopped"
     memory = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")  # host's, card's
     if isinstance(error, MemoryError) or any(said in str(error) for said in memory):
-        return "out of memory"
-    if isinstance(error, (OSError, SafetensorError, dist.DistError)) or "gloo" in str(error):
-        return "stopped"  # the message of the operating system, NCCL or gloo says why
-    return None
+        return OUT_OF_MEMORY
+    if isinstance(error, FloatingPointError):
+        return "not finite"
+    outside = isinstance(error, (Failure, OSError, SafetensorError, dist.DistError))
+    return "stopped" if outside or "gloo" in str(error) else None  # their messages say why
+
+
+OUT_OF_MEMORY = "out of memory (lower --max-tokens or --batch-size)"
 
 
 # Flags
@@ -141,8 +136,8 @@ def one_line_errors(main):
             if not cause(e):
                 raise
             status, message, alike = 1, e, isinstance(e, FloatingPointError)
-            if cause(e) == "out of memory":
-                message = f"out of memory: {in_short(e)}{HELP['out of memory']}"
+            if cause(e) == OUT_OF_MEMORY and not isinstance(e, Failure):
+                message = f"{OUT_OF_MEMORY}: {in_short(e)}"
         if first() or not alike:
             print("error: " + printable(message), file=sys.stderr)
         return status
@@ -157,22 +152,18 @@ def printable(text):
 @contextlib.contextmanager
 def caught_signals(*numbers):
     """Gives a list in which these signals are noted. Those that are ignored stay so, as SIGHUP is
-    under nohup; outside the main thread none is caught.
-
-    A second Ctrl-C ends the process at once. Other signals come twice of themselves: when a
-    terminal closes, from its shell and the kernel; and torchrun repeats those that its ranks had.
+    under nohup; outside the main thread none is caught. A second Ctrl-C ends the process at once.
     """
-    caught = []
+    caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
-        if number == signal.SIGINT and not dist.is_torchelastic_launched():
+        if number == signal.SIGINT and not dist.is_torchelastic_launched():  # which repeats it
             signal.signal(number, signal.SIG_DFL)
 
-    before, main_thread = {}, threading.current_thread() is threading.main_thread()
-    for number in numbers:
-        if main_thread and signal.getsignal(number) not in (signal.SIG_IGN, None):
-            before[number] = signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():
+        heeded = [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield caught
     finally:

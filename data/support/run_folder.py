@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .data_files import find
-from .errors import HELP, Failure, blame, caught_signals, cause, in_short, require
+from .errors import Failure, blame, caught_signals, cause, in_short, require
 from .optim import MOMENTS, StochasticAdamW, steps_taken
 
 UNKEPT = {"output", "resume", "device"}  # arguments that args.json does not hold
@@ -199,8 +199,7 @@ def session(args, settings, total):
                     else "there is no checkpoint yet")
             # All ranks find a loss that is not finite, so that only one prints it.
             kind = FloatingPointError if cause(e) == "not finite" else Failure
-            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; {kept}"
-                       + HELP.get(cause(e), "")) from None
+            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; {kept}") from None
 
 
 @contextlib.contextmanager
