@@ -96,7 +96,7 @@ COUNT, POSITIVE, NONNEGATIVE = number(int, low=1), number(float, above=0), numbe
 def flags():
     parser = Parser(__doc__, "README.md has the flags of the paper's runs. Without --model, "
                     "the miniature has an --lr, --epochs and --forget-weight of its own.")
-    a = parser.group("model and data")
+    a = parser.add_argument_group("model and data").add_argument
     a("--model", type=nonempty, help="folder or hub name; default: the built-in target, made first")
     a("--init", type=nonempty, metavar="DIR", help="instead of --model: random weights for DIR's "
       "config.json and tokenizer")
@@ -108,7 +108,7 @@ def flags():
     a("--date", help="today's date, for chat templates that print it")
     a("--max-length", type=number(int, low=2), help="longest sequence in tokens: longer texts are "
       "split, longer answers refused; default 2048 (MUSE), or what the model takes")
-    a = parser.group("objective")
+    a = parser.add_argument_group("objective").add_argument
     a("--loss", choices=list(LOSSES), default="simnpo",
       help="default simnpo; ga with --retain-loss nll is GradDiff")
     a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl: to the "
@@ -121,7 +121,7 @@ def flags():
     a("--forget-weight", type=NONNEGATIVE, help="default 0.1375 (official code, TOFU forget05); "
       "satimp 0.1, others 1")
     a("--retain-weight", type=NONNEGATIVE, default=1.0, help="default 1 (official code)")
-    a = parser.group("optimization (defaults: the official TOFU code's)")
+    a = parser.add_argument_group("optimization (defaults: the official TOFU code's)").add_argument
     a("--epochs", type=COUNT, help="passes over --forget, else --retain; default 10")
     a("--batch-size", type=COUNT, help="forget and as many retain sequences a step; default 32")
     a("--lr", type=POSITIVE, help="peak learning rate of AdamW; default 1e-5")
@@ -133,7 +133,7 @@ def flags():
       "official code does not clip: 1e12)")
     a("--seed", type=number(int, low=0), default=0, help="random seed of data order, dropout, "
       "rounding, adapters and --init; default 0")
-    a = parser.group("speed and memory (the same results up to rounding)")
+    a = parser.add_argument_group("speed and memory (the same results up to rounding)").add_argument
     a("--max-tokens", type=COUNT, help="padded tokens a micro-batch; default 16384, CPU 1024")
     a("--dtype", choices=list(DTYPES), help="of matrix products, master weights stay fp32; "
       "default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
@@ -142,7 +142,7 @@ def flags():
     a("--checkpointing", action="store_true", help="recompute activations in backward")
     a("--compile", action="store_true", help="torch.compile the decoder")
     a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu")
-    a = parser.group("output")
+    a = parser.add_argument_group("output").add_argument
     a("--output", type=nonempty, help="folder of model and metrics.jsonl; default: a name in runs/")
     a("--save-every", type=interval, default=(1, True), metavar="N", help="steps (100) or epochs "
       "(2epochs) between checkpoints, of which the last is kept; default 1epoch, 0: none")

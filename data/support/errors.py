@@ -76,10 +76,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def group(self, title):
-        """The function that adds a flag to a new group of them."""
-        return self.add_argument_group(title).add_argument
-
     def error(self, message):
         raise InputError(f"{message} (--help lists the options)")
 
@@ -106,10 +102,8 @@ def nonempty(text):
 
 def interval(text):
     """An argparse type: '2epochs' -> (2, True), '100' -> (100, False); 0 is never."""
-    digits = text.removesuffix("epochs").removesuffix("epoch")
-    if not digits.isascii() or not digits.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: give steps (100) or epochs (1epoch)")
-    return int(digits), digits != text
+    (count, epochs), = re.findall(r"\A([0-9]+)(epochs?)?\Z", text)  # ValueError for other texts
+    return int(count), bool(epochs)
 
 
 # The end of a program
@@ -128,19 +122,16 @@ def one_line_errors(main):
     def wrapped(argv=None):
         try:
             return main(argv)
-        except InputError as e:
-            status, message, alike = 2, e, True
-        except KeyboardInterrupt:
-            status, message, alike = 128 + signal.SIGINT, "interrupted", True
-        except Exception as e:
-            if not cause(e):
+        except (Exception, KeyboardInterrupt) as e:
+            status = {InputError: 2, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(e), 1)
+            if status == 1 and not cause(e):
                 raise
-            status, message, alike = 1, e, isinstance(e, FloatingPointError)
-            if cause(e) == OUT_OF_MEMORY and not isinstance(e, Failure):
-                message = f"{OUT_OF_MEMORY}: {in_short(e)}"
-        if first() or not alike:
-            print("error: " + printable(message), file=sys.stderr)
-        return status
+            told = str(e) or "interrupted"
+            if cause(e) == OUT_OF_MEMORY and type(e) not in (InputError, Failure):
+                told = f"{OUT_OF_MEMORY}: {in_short(e)}"
+            if first() or not isinstance(e, (InputError, KeyboardInterrupt, FloatingPointError)):
+                print("error: " + printable(told), file=sys.stderr)
+            return status
     return wrapped
 
 
