@@ -149,8 +149,8 @@ def arguments(argv):
         args.retain = None
     elif args.forget and not args.retain:
         args.retain = str(retain_beside(find(args.forget)))
-    stem = find(args.forget or args.retain).stem
-    args.output = Path(args.output or Path("runs", stem + f"-{args.loss}" * bool(args.forget)))
+    name = Path(args.forget).stem + f"-{args.loss}" if args.forget else Path(args.retain).stem
+    args.output = Path(args.output or f"runs/{name}")
     cuda = args.device.startswith("cuda")
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"
     defaults = {"dtype": best, "max_tokens": 16384 if cuda else 1024}
