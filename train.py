@@ -135,7 +135,7 @@ def flags():
       "(2epochs) between checkpoints, of which the last is kept; default 1epoch, 0: none")
     a("--snapshots", type=interval, default=(0, False), metavar="N", help="steps or epochs between "
       "copies of the model, kept as OUTPUT/step-N; default 0: none")
-    a("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    a("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
     return parser
 
 

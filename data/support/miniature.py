@@ -54,8 +54,7 @@ def target_and_retrained(forget):
 
 def make(folder):
     """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
-    unless it is there. Raises InputError if it was made from other data; a failure ends this
-    process with the status of the one that trains."""
+    unless it is there. A failure ends this process, too, with the same status."""
     data, settings = DATA / {"target": "full"}.get(folder.name, folder.name), folder / "args.json"
     if is_finished(folder):
         if settings.is_file():

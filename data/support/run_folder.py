@@ -34,8 +34,7 @@ LOG, HALF_DONE = "metrics.jsonl", ".half-done"
 # Files that are there whole or not at all, and that have one owner at a time
 
 def check_writable(path):
-    """Raise InputError unless a file can be made in the folder at `path`, or in the nearest one
-    above it that exists."""
+    """Raise InputError unless a file can be made in this folder, or in what exists above it."""
     with blame(path, "not a folder that can be written to"):
         folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         tempfile.TemporaryFile(dir=folder).close()
@@ -73,22 +72,21 @@ def owned(path, busy=None):
     """Hold the lock of a folder, or of a file, which is made. If another process has it: wait, or
     raise InputError(busy). File systems without locks have no owners."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except OSError as e:
             require(not isinstance(e, BlockingIOError), busy)
         yield
-    finally:
-        os.close(descriptor)
 
 
 # Before a run
 
 def digest(examples):
     """A hash of what a model sees of these Examples."""
-    content = repr([(e.input_ids, e.start) for e in examples])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    seen = [(e.input_ids, e.start) for e in examples]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def start_step(output, settings, resume):
@@ -127,8 +125,7 @@ def is_finished(folder):
 @contextlib.contextmanager
 def session(args, settings, start, total):
     """What is around the loop: gives log(**record), the place for one's own tracker (wandb ...),
-    and the list of signals caught. The output has one owner; an error names the checkpoint to go on
-    from."""
+    and the list of signals caught. An error names the checkpoint to go on from."""
     output, path = args.output, args.output / LOG if distributed.first() else os.devnull
     with contextlib.ExitStack() as stack:
         with distributed.together():
