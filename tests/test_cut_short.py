@@ -116,7 +116,8 @@ def test_killed_in_the_middle_of_writing(world, undisturbed, tmp_path):
     output, argv = tmp_path / "run", words(LONG, world)
     for name, path in [
             ("pathlib.Path.mkdir", "run"), ("os.replace", "args.json"),
-            (WRITE_TENSORS, "checkpoint-00000002.safetensors"), ("pathlib.Path.write_text", "metrics.jsonl"),
+            (WRITE_TENSORS, "checkpoint-00000002.safetensors"),
+            ("pathlib.Path.write_text", "metrics.jsonl"),
             ("os.replace", "checkpoint-00000003.safetensors"), ("shutil.rmtree", "run/.half-done"),
             ("pathlib.Path.unlink", "checkpoint-00000003.safetensors"),
             (WRITE_TENSORS, "run/.half-done/model.safetensors"),
