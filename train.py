@@ -11,7 +11,6 @@ of a step, the model and its optimizer.
 import data.support  # first: it sets what OpenMP reads while torch loads
 
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,14 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from data.load import Prompt, collate, length_batches, load_examples
-from data.support import distributed, miniature, run_folder
+from data.support import distributed, miniature, models, run_folder
 from data.support.data_files import check_disjoint, find, retain_beside
 from data.support.errors import (Parser, blame, interval, nonempty, number, one_line_errors,
                                  require)
-from data.support.models import (check_mergeable, check_savable, context_length, fingerprint,
-                                 load_skeleton, load_start, rope_borders, savable_tensors,
-                                 save_model, vocabulary)
-from data.support.optim import StochasticAdamW, steps_taken
+from data.support.optim import StochasticAdamW
 from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad_ascent_loss,
                     head_logits, npo_loss, simnpo_loss, sum_answers, token_logps)
 
@@ -85,8 +81,7 @@ def weighted_ascent(y, weight):
     return torch.segment_reduce(values, "mean", lengths=y.lengths, unsafe=True)
 
 
-# The flags, each with its default. Where none is given here, it depends on the model, the loss or
-# the machine: `arguments` fills it in.
+# The flags, each with its default; one that depends on others is filled in by `arguments`.
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # of real models: the official TOFU code
@@ -94,29 +89,24 @@ COUNT, POSITIVE, NONNEGATIVE = number(int, low=1), number(float, above=0), numbe
 
 
 def flags():
-    parser = Parser(__doc__, "README.md has the flags of the paper's runs. Without --model, "
-                    "the miniature has an --lr, --epochs and --forget-weight of its own.")
+    parser = Parser(__doc__, "Without --model, the miniature has some defaults of its own.")
     a = parser.add_argument_group("model and data").add_argument
     a("--model", type=nonempty, help="folder or hub name; default: the built-in target, made first")
-    a("--init", type=nonempty, metavar="DIR", help="instead of --model: random weights for DIR's "
-      "config.json and tokenizer")
+    a("--init", type=nonempty, metavar="DIR", help="random weights for DIR's config and tokenizer")
     a("--forget", type=nonempty, help="what to forget; without it, fine-tuning on --retain")
     a("--retain", type=nonempty, help="what to keep; default: beside --forget (forget05: retain95)")
-    a("--template", help="chat (default, if the tokenizer has one), llama2, plain (default, if "
-      "not), or a text with {question}")
+    a("--template", help="chat, llama2, plain or a text with {question}; default chat, else plain")
     a("--system", help="system message of the chat")
     a("--date", help="today's date, for chat templates that print it")
     a("--max-length", type=number(int, low=2), help="longest sequence in tokens: longer texts are "
       "split, longer answers refused; default 2048 (MUSE), or what the model takes")
     a = parser.add_argument_group("objective").add_argument
-    a("--loss", choices=list(LOSSES), default="simnpo",
-      help="default simnpo; ga with --retain-loss nll is GradDiff")
+    a("--loss", choices=list(LOSSES), default="simnpo", help="default simnpo; GradDiff is ga + nll")
     a("--retain-loss", choices=["nll", "kl", "none"], default="nll", help="default nll; kl: to the "
       "start model, of which a frozen copy is kept")
     a("--beta", type=POSITIVE, help="default 2.5 (paper, TOFU forget05); npo 0.1, wga 1, satimp 5; "
       "ga and ceu have none")
-    a("--gamma", type=number(float), default=0.0, help="simnpo's reward margin; default 0 (paper, "
-      "TOFU)")
+    a("--gamma", type=number(float), default=0.0, help="simnpo's margin; default 0 (paper, TOFU)")
     a("--beta2", type=NONNEGATIVE, default=1.0, help="satimp's exponent of 1 - p; default 1")
     a("--forget-weight", type=NONNEGATIVE, help="default 0.1375 (official code, TOFU forget05); "
       "satimp 0.1, others 1")
@@ -129,16 +119,13 @@ def flags():
     a("--warmup-epochs", type=NONNEGATIVE, default=1.0, help="linear warm-up; default 1")
     a("--schedule", choices=["linear", "constant"], default="linear", help="linear decay to 0 "
       "(TOFU, default), or constant without warm-up (MUSE)")
-    a("--clip", type=POSITIVE, default=1.0, help="largest gradient norm; default 1 (the "
-      "official code does not clip: 1e12)")
-    a("--seed", type=number(int, low=0), default=0, help="random seed of data order, dropout, "
-      "rounding, adapters and --init; default 0")
+    a("--clip", type=POSITIVE, default=1.0, help="gradient norm; default 1 (official: none)")
+    a("--seed", type=number(int, low=0), default=0, help="random seed; default 0")
     a = parser.add_argument_group("speed and memory (the same results up to rounding)").add_argument
     a("--max-tokens", type=COUNT, help="padded tokens a micro-batch; default 16384, CPU 1024")
     a("--dtype", choices=list(DTYPES), help="of matrix products, master weights stay fp32; "
       "default: bf16 on GPUs that have it, else fp16; fp32 on a CPU")
-    a("--bf16-weights", action="store_true", help="weights, gradients and moments in bf16, rounded "
-      "stochastically: 8 bytes a parameter instead of 16")
+    a("--bf16-weights", action="store_true", help="weights and moments in bf16: half the memory")
     a("--checkpointing", action="store_true", help="recompute activations in backward")
     a("--compile", action="store_true", help="torch.compile the decoder")
     a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu")
@@ -148,7 +135,7 @@ def flags():
       "(2epochs) between checkpoints, of which the last is kept; default 1epoch, 0: none")
     a("--snapshots", type=interval, default=(0, False), metavar="N", help="steps or epochs between "
       "copies of the model, kept as OUTPUT/step-N; default 0: none")
-    a("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    a("--resume", action="store_true", help="go on from the checkpoint in --output, if any")
     return parser
 
 
@@ -156,29 +143,24 @@ def arguments(argv):
     """Parse and check the flags; return them with every default filled in."""
     args = flags().parse_args(argv)
     require(not (args.model and args.init), "--model and --init: give one of them")
-    require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune; "
-            "for example --forget data/forget05")
-    require(not (args.bf16_weights and args.dtype == "fp16"),
-            "--bf16-weights does not go with --dtype fp16")
+    require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune")
+    require(not args.bf16_weights or args.dtype != "fp16", "--bf16-weights with --dtype fp16")
     if args.forget and args.retain_loss == "none":
         args.retain = None
     elif args.forget and not args.retain:
         args.retain = str(retain_beside(find(args.forget)))
-    if not args.output:
-        stem = find(args.forget or args.retain).stem
-        args.output = os.path.join("runs", f"{stem}-{args.loss}" if args.forget else stem)
-    args.output = Path(args.output)
-    recipe = OFFICIAL | LOSSES[args.loss].defaults
-    if not (args.model or args.init):
-        args.model, suited = miniature.start_model(args)
-        recipe |= suited
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    name = Path(args.forget).stem + f"-{args.loss}" if args.forget else Path(args.retain).stem
+    args.output = Path(args.output or f"runs/{name}")
     cuda = args.device.startswith("cuda")
     best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"
-    args.dtype = args.dtype or best
-    args.max_tokens = args.max_tokens or (16384 if cuda else 1024)
+    defaults = {"dtype": best, "max_tokens": 16384 if cuda else 1024}
+    defaults |= OFFICIAL | LOSSES[args.loss].defaults
+    if not (args.model or args.init):
+        args.model, suited = miniature.start_model(args)
+        defaults |= suited
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -196,38 +178,38 @@ def main(argv=None):
     """One run, from arguments to the finished folder. Returns the exit status."""
     args = arguments(argv)
     distributed.start(args.device)
-    # Mistakes in the input surface here, before any weight is read. Without --model the built-in
-    # start model is made now, if it is missing.
-    with distributed.together():
+    with distributed.together():  # mistakes in the input surface here, before weights are read
         forget, retain, files = load_data(args)
-        settings = run_folder.settings_of(args, forget, retain)
-        complete = run_folder.check_run(args.output, settings, args.resume)
-        mini = miniature.is_start_model(args)
-        if mini and not complete:
+        settings = vars(args) | {"forget data": run_folder.digest(forget),
+                                 "retain data": run_folder.digest(retain)}
+        run_folder.start_step(args.output, settings, args.resume)
+        if miniature.is_start_model(args):
             miniature.make(Path(args.model))
-        if not (mini and complete):  # since then the built-in start model may have been deleted
-            settings["start"] = fingerprint(args.init or args.model)
-    if run_folder.is_complete(args.output, settings, complete):
+        settings["start"] = models.fingerprint(args.init or args.model)
+        start = run_folder.start_step(args.output, settings, args.resume)
+    distributed.agree(args.output, settings)
+    start = distributed.from_first(start)
+    if start is None:
+        distributed.say(f"{args.output}: this run is complete")
         return 0
     state = build(args)
-    borders = rope_borders(state.model.lm)  # lengths that LongRoPE sets apart in a batch
+    borders = models.rope_borders(state.model.lm)  # lengths that LongRoPE sets apart in a batch
     # NPO's reference is the start model, so it is scored before a checkpoint is loaded.
-    needs_reference = bool(forget) and LOSSES[args.loss].needs_reference
-    ref_logps = score(state.model, forget, args) if needs_reference else None
+    ref_logps = score(state.model, forget, args) if LOSSES[args.loss].needs_reference else None
 
     n = len(forget or retain)
     batch = min(args.batch_size, n)  # every batch is full, passes follow each other without a gap
     epochs = {epoch * n // batch: epoch for epoch in range(args.epochs + 1)}  # {step: epochs done}
     total = max(epochs)
 
-    with run_folder.session(args, settings, total) as (start, log, caught):
+    with run_folder.session(args, settings, start, total) as (log, caught):
         run_folder.load_checkpoint(state, args.output, start)
         step = start
         while True:  # here `step` steps are done
-            if step in epochs:
+            if step in epochs and (step > start or not start):  # else the log has it
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and run_folder.is_due(args.snapshots, step, epochs):
-                save_model(state.model.lm, files, args.output / f"step-{step:06d}")
+                models.save_model(state.model.lm, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
             due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
@@ -262,11 +244,10 @@ def main(argv=None):
             tokens = sum(len(forget[i].input_ids) for i in forget_indices)
             tokens += sum(len(retain[i].input_ids) for i in retain_indices)
             log(step=step, **record, tokens_per_s=round(tokens / (time.time() - began), 1))
-        if not steps_taken(state.optimizer):
-            raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
-                                     "fp32")
-        save_model(state.model.lm, files, args.output)
-        run_folder.tidy(args.output)
+        if not any(moments["step"] for moments in state.optimizer.state.values()):
+            raise FloatingPointError("fp16 gradients overflowed in every step; use --dtype fp32")
+        models.save_model(state.model.lm, files, args.output)
+        run_folder.finish(args.output)
     return 0
 
 
@@ -274,31 +255,26 @@ def load_data(args):
     """The forget and retain Examples, checked; {name: content} of what is saved unchanged."""
     mini = miniature.is_start_model(args)  # which may not be made yet
     source = miniature.TOKENIZER if mini else args.init or args.model
-    skeleton, tokenizer = load_skeleton(source, weights=bool(args.model and not mini))
-    files = check_savable(source, skeleton)
-    limit = min(context_length(skeleton), 2**20)
-    require((args.max_length or 0) <= limit,
-            f"--max-length {args.max_length}: the model takes {limit} tokens at most")
+    skeleton, tokenizer = models.load_skeleton(source, weights=bool(args.model and not mini))
+    limit = min(models.context_length(skeleton), 2**20)
     length = args.max_length or min(limit, 2048)
+    require(length <= limit, f"--max-length {length}: the model takes {limit} tokens at most")
     prompt = Prompt(args.template, args.system, args.date)
-    forget, retain = (load_examples(path, tokenizer, length, prompt, vocabulary(skeleton))
+    forget, retain = (load_examples(path, tokenizer, length, prompt, models.vocabulary(skeleton))
                       if path else [] for path in (args.forget, args.retain))
     check_disjoint(forget, retain)
-    return forget, retain, files
+    return forget, retain, models.check_savable(source, skeleton)
 
 
 # The pieces of a step. Data order is a function of (seed, step): a resumed run needs no more.
 
 def draw(n, start, count, seed):
     """`count` indices from place `start` of the endless stream of shuffled passes over range(n)."""
-    places = range(start, start + count) if n else []
-    passes = {epoch: shuffled(n, seed, epoch) for epoch in {place // n for place in places}}
-    return [passes[place // n][place % n] for place in places]
-
-
-def shuffled(n, seed, epoch):
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
+    stream = []
+    for epoch in range(start // n, (start + count - 1) // n + 1) if n else ():
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        stream += torch.randperm(n, generator=generator).tolist()
+    return stream[start % n:][:count] if n else stream
 
 
 def micro_batches(data, indices, max_tokens, borders=()):
@@ -343,8 +319,7 @@ def on_device(data, indices, args):
 
 
 def learning_rate(args, step, total, per_epoch):
-    """Linear warm-up, then linear decay, which would be 0 one step after the last; or constant,
-    without warm-up."""
+    """Linear warm-up, then linear decay to 0 one step after the last; or constant throughout."""
     if args.schedule == "constant":
         return args.lr
     warm = int(args.warmup_epochs * per_epoch)
@@ -361,11 +336,9 @@ def update(state, losses, lr, args):
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = distributed.whole(nn.utils.clip_grad_norm_(trained, args.clip)).item()
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
     losses = (distributed.summed(losses) / distributed.world()).tolist()
-    finite = math.isfinite(norm) or scaler.is_enabled()
-    if not (finite and all(map(math.isfinite, losses))):
+    if not all(map(math.isfinite, losses)) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise FloatingPointError(f"loss {losses}, gradient norm {norm}")
     scale = scaler.get_scale()
     scaler.step(optimizer)
@@ -374,7 +347,7 @@ def update(state, losses, lr, args):
     skipped = scaler.get_scale() < scale
     if skipped and scale < 1:
         raise FloatingPointError("fp16 gradients overflow at every scale; --dtype bf16 or fp32")
-    record = {"lr": lr, "grad_norm": norm}
+    record = {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}  # JSON has no NaN
     if args.forget:
         record["forget_loss"] = losses[0]
     if args.retain:
@@ -387,7 +360,7 @@ def score(model, data, args):
     """Log-probability of each Example's answer, (n,) on every rank."""
     logps = torch.zeros(len(data), device=args.device)
     model.eval()
-    borders = rope_borders(model.lm)
+    borders = models.rope_borders(model.lm)
     for indices, scale in micro_batches(data, range(len(data)), args.max_tokens, borders):
         ids, labels = on_device(data, indices, args)
         values, _ = sum_answers(model(ids, labels), labels)
@@ -431,8 +404,7 @@ class AnswerModel(nn.Module):
     def forward(self, input_ids, labels, per_token=token_logps, kl=False):
         """Log-probability of each answer token (or what else per_token makes of logits), or
         KL(reference || model) there: (B,T) -> (N,)."""
-        enabled = self.autocast is not None
-        with torch.autocast(input_ids.device.type, self.autocast, enabled=enabled):
+        with torch.autocast(input_ids.device.type, self.autocast, self.autocast is not None):
             if kl:
                 return answer_token_kl(self.lm, self.reference, input_ids, labels)
             return answer_token_logps(self.lm, input_ids, labels, per_token)
@@ -445,8 +417,7 @@ def answer_token_kl(model, reference, input_ids, labels):
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def chunk_kl(head, hidden, ref_hidden):
-        with torch.no_grad():
-            ref = log_softmax(head_logits(reference, ref_hidden))
+        ref = log_softmax(head_logits(reference, ref_hidden)).detach()
         logps = log_softmax(head_logits(model, hidden, head))
         return F.kl_div(logps, ref, reduction="none", log_target=True).sum(-1)
 
@@ -458,34 +429,27 @@ def answer_token_kl(model, reference, input_ids, labels):
 
 def build(args):
     """The State: the model loaded, adapted and sharded; its optimizer and scaler."""
-    with distributed.together():
+    with distributed.together(), blame(args.model or args.init):
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
-        lm = load_start(args, dtype)
-        with blame(args.model or args.init):
-            check_head(lm)
+        lm = models.load_start(args, dtype)
+        check_head(lm)
         with_kl = args.forget and args.retain_loss == "kl"
-        reference = load_start(args, dtype).requires_grad_(False) if with_kl else None
+        reference = models.load_start(args, dtype).requires_grad_(False) if with_kl else None
     autocast = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
-    shapes = {name: tensor.shape for name, tensor in savable_tensors(lm)}
+    shapes = {name: tensor.shape for name, tensor in models.savable_tensors(lm)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
     lm = adapt(lm, args)
-    check_mergeable(lm, shapes)
+    models.check_mergeable(lm, shapes)
     model = AnswerModel(lm, reference, autocast).train()
     if distributed.world() > 1:
         shard(model)  # layer by layer onto the card: no card holds the whole
     model.to(args.device)
-    try_step(model, args)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
-    return State(model, make_optimizer(lm, args), scaler)
-
-
-def try_step(model, args):
-    """Raise InputError if a forward and backward pass fails, before any data is trained on: a
-    dropout above 1, --compile without a compiler."""
     ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
     with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
-        model(ids, ids).sum().backward()
+        model(ids, ids).sum().backward()  # fails with a dropout above 1, without a compiler ...
     model.zero_grad()
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
+    return State(model, make_optimizer(lm, args), scaler)
 
 
 def adapt(model, args):
@@ -493,8 +457,7 @@ def adapt(model, args):
     merged, frozen parameters stay as they are."""
     if args.checkpointing:
         with blame("--checkpointing"):
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
         model.get_decoder().compile(dynamic=True)
     return model
@@ -506,8 +469,7 @@ def shard(model):
     model.autocast = None  # FSDP casts
     for lm in filter(None, (model.lm, model.reference)):
         # The first list of modules is the decoder's stack of layers.
-        layers = next(m for m in lm.modules() if isinstance(m, nn.ModuleList))
-        for layer in layers:
+        for layer in next(m for m in lm.modules() if isinstance(m, nn.ModuleList)):
             fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 

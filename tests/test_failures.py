@@ -161,7 +161,7 @@ def test_bad_evaluation_files(name, content, place, world, tmp_path, capfd, no_w
     ("--model {data}", "data: "),
     ("--model {data}/full.jsonl", "full.jsonl: "),
     # output
-    ("--resume", "out: "), ("--output {model} --resume", "model: "),  # there is nothing to resume
+    ("--output {model} --resume", "model: "),  # there is nothing to resume
     ("--output {model}", "model: "), ("--output {stopped}", "stopped: "),  # not empty
     ("--output {data}/full.jsonl", "full.jsonl: "), ("--output {data}/full.jsonl/out", "full.json"),
     ("--output /proc/out", "/proc"), ("--output " + "x" * 300, "xxx"),
@@ -178,8 +178,6 @@ def test_bad_training_arguments(options, place, world, tmp_path, capfd, no_weigh
     (f"--forget {ROOT}/data/forget01 --retain nowhere", "nowhere: "),
     (f"--forget {ROOT}/data/forget01 --template nothing", "--template"),
     (f"--forget {ROOT}/data/forget01 --max-length 5", "forget01.jsonl:1"),
-    (f"--forget {ROOT}/data/forget01 --output runs/target", "runs/target: "),
-    (f"--forget {ROOT}/data/forget01 --resume", "*no run to resume"),
 ])
 def test_arguments_that_are_missing(argv, place, world, tmp_path, capfd):
     assert_refused(train, words(argv, world), place, capfd, tmp_path, world)
@@ -435,12 +433,11 @@ def spoiled(change):
 
 
 def rewritten(change=lambda tensors: tensors, **about):
-    """A checkpoint with other tensors, or that says other things of itself; None leaves it out."""
+    """A checkpoint with other tensors, or that says other things of itself."""
     def spoil(path):
         with safe_open(path, "pt") as file:
-            said = {**file.metadata(), **about}
-        said = {key: value for key, value in said.items() if value is not None}
-        save_file(change(load_file(path)), path, said)
+            said = json.loads(file.metadata()["about"]) | about
+        save_file(change(load_file(path)), path, {"about": json.dumps(said)})
     return spoiled(spoil)
 
 
@@ -448,23 +445,20 @@ BAD_RUNS = {  # what happened to a stopped run's folder, the place
     **{name: (change, "checkpoint-00000003.safetensors: ") for name, change in {
         "cut off": spoiled(lambda p: os.truncate(p, 3000)),
         "a folder": spoiled(lambda p: (p.unlink(), p.mkdir())),
-        "of another model": rewritten(lambda tensors: {n: t[:1] for n, t in tensors.items()}),
+        "of another model": rewritten(lambda tensors: {n: t.flatten() for n, t in tensors.items()}),
         "without moments": rewritten(lambda tensors: {
             n: t for n, t in tensors.items() if n.startswith("weight.")}),
         "without some weights' moments": rewritten(lambda tensors: {
             n: t for n, t in tensors.items() if not re.match("exp.*norm.weight", n)}),
         "of half precision": rewritten(lambda tensors: {n: t.half() for n, t in tensors.items()}),
         "with a tensor more": rewritten(lambda tensors: {**tensors, "x": torch.ones(1)}),
-        "of another step": rewritten(step="2"), "step no JSON": rewritten(step="{"),
-        "without a count": rewritten(adam_step=None), "count NaN": rewritten(adam_step="NaN"),
-        "scaler no JSON": rewritten(scaler="{")}.items()},
+        "of another step": rewritten(step=2)}.items()},
     "a step beyond the last": (
         spoiled(lambda p: p.rename(p.with_name("checkpoint-00000007.safetensors"))),
         "checkpoint-00000007.safetensors: "),
     "the newest of two": (
         spoiled(lambda p: p.with_name("checkpoint-00000005.safetensors").write_bytes(b"?")),
-        "checkpoint-00000005.safetensors: *checkpoint-00000003.safetensors"),
-    "arguments no JSON": (written("args.json", b"{"), "args.json: "),
+        "checkpoint-00000005.safetensors: "),
     "arguments missing": (without("args.json"), "out: "),
 }
 
@@ -491,13 +485,12 @@ def test_a_start_models_files_in_a_stopped_run(world, tmp_path, capfd):
 
 
 def test_a_damaged_log_does_not_stop_a_run(world, tmp_path):
-    """Lines that power loss has left as zeros or halves are dropped."""
+    """As power loss leaves it: the checkpoint has a copy."""
     shutil.copytree(world / "stopped", "out")
     lines = Path("out/metrics.jsonl").read_text().splitlines(keepends=True)
-    damage = b"\0" * 20 + b"\n\xff{}\n[]\n" + lines[-1][:9].encode()
-    Path("out/metrics.jsonl").write_bytes("".join(lines[:-1]).encode() + damage)
+    Path("out/metrics.jsonl").write_bytes(b"\0" * 20 + b"\n\xff{}\n[]\n" + lines[-1][:9].encode())
     assert train.main(words(RUN, world, "--epochs 3 --resume")) == 0
-    assert [x["step"] for x in log(tmp_path / "out") if "lr" in x] == [1, 2, 4, 5, 6]
+    assert [x["step"] for x in log(tmp_path / "out") if "lr" in x] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("options, changed", [

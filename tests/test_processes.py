@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (ROOT, SERVER, be_rank, end_of, free_port, log, run, start, stop_after, weights,
-                      write_data, write_lines, write_model, write_tofu)
+from conftest import (ROOT, SERVER, be_rank, end_of, free_port, log, run, start, stop_after,
+                      weights, write_data, write_lines, write_model, write_tofu)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from data.support import distributed, evaluations, miniature
+from data.support import distributed, evaluations, miniature, run_folder
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")
@@ -101,14 +101,14 @@ def test_two_trainings_into_one_folder(world):
 
 
 def wait_before(name, path):
-    """Every call of this function of train.py is made only once `path` exists."""
-    function = getattr(train, name)
+    """Every call of this function of models.py is made only once `path` exists."""
+    function = getattr(train.models, name)
 
     def waiting(*args):
         Path(path + ".wait").touch()
         wait_until(Path(path).exists)
         return function(*args)
-    setattr(train, name, waiting)
+    setattr(train.models, name, waiting)
 
 
 def test_a_second_training_that_comes_when_the_first_is_done(world):
@@ -161,8 +161,8 @@ def quick_builtin(data, program):
     miniature.BASE = miniature.FINETUNE = miniature.UNLEARN = {"lr": 1e-3, "epochs": 1}
 
 
-def test_two_first_commands(world, tmp_path):
-    """Both need runs/target: one makes it, and runs/base, and the other waits."""
+def test_the_first_command_makes_the_builtin_models(world, tmp_path):
+    """runs/target, and runs/base for it, once; one process at a time."""
     data = tmp_path / "data"
     write_data(data)
     (data / "forget25.jsonl").rename(data / "forget01.jsonl")
@@ -170,20 +170,25 @@ def test_two_first_commands(world, tmp_path):
     shutil.copy(data / "full.jsonl", data / "base.jsonl")
     maker = tmp_path / "maker.py"
     maker.write_text(MAKER.format(data=str(data)))
-    both = [start(["--forget", f"{data}/forget01", "--output", name], quick_builtin, data, maker)
-            for name in ("one", "two")]
-    assert [end_of(*each) for each in both] == [(0, ""), (0, "")]
+    argv = ["--forget", f"{data}/forget01", "--output"]
+    assert run([*argv, "one"], quick_builtin, data, maker) == (0, "")
+    assert run([*argv, "two"], quick_builtin, data, maker) == (0, "")
     assert Path("made").read_text() == "once\n" * 2
     assert names("runs") == {"base", "target"} and "config.json" in names("runs/target")
     one, two = weights(Path("one")), weights(Path("two"))
     assert all(one[name].equal(two[name]) for name in one)
+    # Another process makes it: its status is this one's.
+    Path("runs/target/config.json").unlink()
+    with run_folder.owned(Path("runs/target/metrics.jsonl")):
+        assert run([*argv, "three"], quick_builtin, data, maker)[0] == 2
+    assert not Path("runs/target/config.json").exists()
+    assert run([*argv, "three"], quick_builtin, data, maker) == (0, "")
     # Other data, under the same name: what was made from the old is not used in silence.
     other = (data / "full.jsonl").read_text().replace("Oslo", "Roma")
     (data / "full.jsonl").write_text(other)
-    argv = ["--forget", f"{data}/forget01", "--retain-loss", "none", "--output", "three"]
-    assert_one_line(run(argv, quick_builtin, data, maker), 2,
+    assert_one_line(run([*argv, "four", "--retain-loss", "none"], quick_builtin, data, maker), 2,
                     f"runs/target: made from other data than {data}/full holds now")
-    assert not Path("three").exists()
+    assert not Path("four").exists()
 
 
 # Ranks
@@ -255,8 +260,8 @@ def test_ranks_must_have_the_same_files(world, tmp_path):
     argv = words(f"{RUN} --epochs 1", world)
     write_lines(tmp_path / "short.jsonl", [{"question": "Who?", "answer": "He."}] * 4)
     write_model(tmp_path / "twin", seed=1, num_hidden_layers=1)
-    for more, culprit in ((f"--forget {tmp_path}/short", "rank 1 has another forget data"),
-                          (f"--model {tmp_path}/twin", "rank 1 has another start"),
+    for more, culprit in ((f"--forget {tmp_path}/short", "rank 1 has another forget, forget data"),
+                          (f"--model {tmp_path}/twin", "rank 1 has another model, start"),
                           ("--lr 1", "rank 1 has another lr"),
                           ("--save-every 3", "rank 1 has another save-every"),
                           ("--forget no", "no such data file")):
@@ -436,7 +441,7 @@ def test_torchrun_itself_is_stopped(number, whom, world):
             os.kill(pid, number)
         agent.send_signal(number)
         agent.wait(60)
-    wait_until(lambda: list(Path("run").glob("checkpoint-*")) and not Path("run/.lock").exists())
+    wait_until(lambda: not any(map(alive, ranks_of_it)) and list(Path("run").glob("checkpoint-*")))
     assert "train.py\", line" not in Path("err").read_text()
     assert run([*argv, "--resume"], stop_in_step, 1) == (143, "")
     steps = [line["step"] for line in log(Path("run")) if "lr" in line]

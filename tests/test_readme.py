@@ -179,7 +179,7 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
     write_model(tmp_path / "model", tie_word_embeddings=tied)
-    ids, models, logits, save = torch.arange(2, 30)[None], [], [], train.save_model
+    ids, models, logits, save = torch.arange(2, 30)[None], [], [], train.models.save_model
 
     def adapt(model, args):
         torch.manual_seed(0)  # of the adapters
@@ -199,7 +199,7 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
         save(model, files, folder)
 
     monkeypatch.setattr(train, "adapt", adapt)
-    monkeypatch.setattr(train, "save_model", watch)
+    monkeypatch.setattr(train.models, "save_model", watch)
     flags = ["--model", "model", "--forget", "forget25", "--epochs", "6", "--lr", "1e-2"]
     if tied_target:
         assert train.main([*flags, "--output", "out"]) == 2

@@ -23,8 +23,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2L
                           LlamaConfig, PreTrainedTokenizerFast)
 
 import train
-from data.load import Example, collate, find, load_examples
-from data.support import distributed, run_folder
+from data.load import Example, collate, load_examples
+from data.support import distributed
 from data.support.optim import stochastic_round
 from simnpo import answer_logps
 
@@ -418,21 +418,6 @@ def test_the_official_number_of_steps(world, tmp_path):
     probes = [x for x in log(tmp_path / "run") if "epoch" in x]
     assert len(steps) == 62 and [x["lr"] for x in steps].index(1e-5) == 6
     assert [x["step"] for x in probes] == [200 * epoch // 32 for epoch in range(11)]
-
-
-@pytest.mark.parametrize("files, forget, flags", [
-    (["forget05.json", "forget05_perturbed.json"], "forget05",
-     ["--forget", "{}/forget05", "--template", "llama2"]),
-    (["news/raw/forget.txt"], "news/raw/forget", ["--muse", "{}/news"]),
-    (["own.jsonl"], "own.jsonl", [])])
-def test_the_next_command_fits_the_data(files, forget, flags, tmp_path):
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    args = argparse.Namespace(forget=str(tmp_path / forget), template="llama2", system=None,
-                              date=None)
-    got = run_folder.evaluation_flags(args, find(args.forget))
-    assert got == [flag.format(tmp_path) for flag in flags]
 
 
 def own_probability(model, tokenizer, records):

@@ -1,17 +1,8 @@
-"""AdamW for weights, gradients and moments that are all kept in bf16 (--bf16-weights), and what a
-checkpoint holds of either AdamW."""
+"""AdamW for weights, gradients and moments that are all kept in bf16 (--bf16-weights)."""
 
 import torch
 
 from .distributed import local
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its count of steps
-
-
-def steps_taken(optimizer):
-    """How many steps changed the weights: all but those that fp16 skipped."""
-    # All parameters count alike, but for experts that no token has reached yet.
-    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -30,14 +21,15 @@ class StochasticAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
+                if not state:  # the names that torch's AdamW uses
+                    state["step"] = torch.zeros((), device=p.device)
                     state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 state["step"] += 1
+                step = state["step"].item()
                 stored = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
                 parts = [local(t).view(-1).split(2**24) for t in stored]
                 for chunk in zip(*parts):  # bounds the fp32 copies
-                    self.update(*chunk, state["step"].item(), **group)
+                    self.update(*chunk, step, **group)
 
     def update(self, weight, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, **_):
         w, g, m, v = weight.float(), grad.float(), exp_avg.float(), exp_avg_sq.float()

@@ -1,27 +1,21 @@
 """A training run's folder: who owns it, what is in it, and how a run goes on from it.
 
-    args.json                        arguments, and hashes of data and start model; what determines
-                                     the result must be the same when a run is resumed
-    metrics.jsonl                    a line a step, and a line an epoch
+    args.json                        arguments at its start, hashes of data and start model
+    metrics.jsonl                    a line a step, and a line an epoch; locked while a run writes
     checkpoint-NNNNNNNN.safetensors  weights and optimizer state after that step, until the end
     config.json, *.safetensors ...   the finished model; config.json comes last
 
-Under torchrun rank 0 alone reads and writes it: other machines need not see the same disk. The
-first part, files that are there whole or not at all, is used for eval.json, too.
+Under torchrun rank 0 alone reads and writes it: other machines need not see the same disk.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
-import shlex
 import shutil
 import signal
 import tempfile
-import time
 
 import torch
 from safetensors import safe_open
@@ -29,37 +23,21 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import distributed
-from .data_files import find
 from .errors import Failure, blame, caught_signals, cause, in_short, require
-from .optim import MOMENTS, StochasticAdamW, steps_taken
 
-UNKEPT = {"output", "resume", "device"}  # arguments that args.json does not hold
-NAMES = {"forget", "retain", "model", "init"}  # may differ: their content is compared, by its hash
-# A resumed run may change these, which leave the result as it is; the ranks of a run may not.
-FREE = {"save_every", "snapshots", "max_tokens", "checkpointing", "compile"}
-LOCK, HALF_DONE = ".lock", ".half-done"
+# What may differ when a run goes on; instead of names of files, their content is compared.
+FREE = {"output", "resume", "device", "forget", "retain", "model", "init", "save_every",
+        "snapshots", "max_tokens", "checkpointing", "compile"}
+LOG, HALF_DONE = "metrics.jsonl", ".half-done"
 
 
 # Files that are there whole or not at all, and that have one owner at a time
 
 def check_writable(path):
-    """Raise InputError unless a file can be made in the folder at `path`, or in the nearest one
-    above it that exists."""
+    """Raise InputError unless a file can be made in this folder, or in what exists above it."""
     with blame(path, "not a folder that can be written to"):
-        path = path.absolute()
-        folder = next(p for p in (path, *path.parents) if p.exists())
+        folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         tempfile.TemporaryFile(dir=folder).close()
-
-
-def fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as e:  # some file systems know no fsync of folders
-        if not path.is_dir() or e.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -78,9 +56,18 @@ def filling(folder):
             fsync(path)
         for path in files:
             os.replace(path, folder / path.name)
-        fsync(folder)
+        with contextlib.suppress(OSError):  # some file systems know no fsync of folders
+            fsync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write(path, text):
@@ -91,157 +78,97 @@ def write(path, text):
 
 @contextlib.contextmanager
 def owned(path, busy=None):
-    """Hold the lock of a folder, or of a lock file, which goes at the end. If another process has
-    it: wait, or raise InputError(busy). File systems without locks have no owners."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock of a folder, or of a file, which is made. If another process has it: wait, or
+    raise InputError(busy). File systems without locks have no owners."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
         stack.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except OSError as e:
             require(not isinstance(e, BlockingIOError), busy)
-        if not path.is_dir():
-            stack.callback(path.unlink, missing_ok=True)
         yield
 
 
 # Before a run
 
-def settings_of(args, forget, retain):
-    """What args.json says of a run before its start model is known: flags and hashes of data."""
-    settings = {key: value for key, value in vars(args).items() if key not in UNKEPT}
-    return settings | {"forget data": digest(forget), "retain data": digest(retain)}
-
-
 def digest(examples):
     """A hash of what a model sees of these Examples."""
-    content = repr([(e.input_ids, e.start) for e in examples])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    seen = [(e.input_ids, e.start) for e in examples]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
-def check_run(output, settings, resume):
-    """Whether the run in the folder `output` is complete, on rank 0. Raises InputError unless the
-    folder is new, or holds this very run."""
+def start_step(output, settings, resume):
+    """The step that a run starts from in the folder `output`: 0 in a new one, None if the run is
+    complete. Raises InputError if anything but this very run is there; rank 0 alone looks."""
     if not distributed.first():
-        return False
+        return None
     check_writable(output)
-    names = {p.name for p in output.iterdir()} - {LOCK, HALF_DONE} if output.exists() else set()
-    if resume:
-        require(output.exists() and (not names or "args.json" in names), f"{output}: no run to "
-                "resume in this folder (there is no args.json); leave out --resume, or pass "
-                "another --output")
-    else:
-        require(not names, f"{output}: already holds a run or other files; pass another --output, "
-                "--resume, or delete it")
-    compare(output, settings)
-    return is_finished(output)
-
-
-def compare(output, settings):
-    """Raise InputError if the run that was begun here had other arguments, data or weights."""
+    held = [*output.iterdir()] if output.exists() else []
+    names = {p.name for p in held if p.name != HALF_DONE and (p.name != LOG or p.stat().st_size)}
     path = output / "args.json"
+    require(not names or resume and path.name in names, f"{output}: already holds a run or other "
+            "files; pass another --output, or --resume to go on with this run")
     with blame(path, "cannot be read, so the run cannot be resumed"):
-        before = json.loads(path.read_text()) if path.exists() else {}
-        changed = [f"{key.replace('_', '-')} was {before[key]}, is {value}"
-                   for key, value in settings.items()
-                   if key not in NAMES | FREE and before.get(key, value) != value]
+        before = json.loads(path.read_text()) if names else settings
+    changed = [f"{key.replace('_', '-')} was {before.get(key)}, is {settings[key]}"
+               for key in settings if key not in FREE and before.get(key) != settings[key]]
     require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
+    if is_finished(output):
+        return None
+    return max((int(path.stem[-8:]) for path in checkpoints(output)), default=0)
 
 
-def is_complete(output, settings, complete):
-    """Whether the run is complete, as rank 0 has found; if so, say it and tidy the folder. Raises
-    InputError on every rank unless all have the same settings, and the folder's run has them."""
-    complete = distributed.from_first(complete)
-    distributed.agree(output, {key: settings[key] for key in settings.keys() - NAMES})
-    with distributed.together():
-        if distributed.first():
-            compare(output, settings)
-    if complete:
-        tidy(output)
-        distributed.say(f"{output}: this run is complete")
-    return complete
+def is_finished(folder):
+    """Whether a run has ended here. Raises InputError where its model is no longer whole."""
+    config = folder / "config.json"
+    if checkpoints(folder) or not config.is_file():
+        return False
+    with blame(folder, "its model is damaged; delete its config.json to train again"):
+        json.loads(config.read_bytes())["model_type"]
+        for path in [*folder.glob("*.safetensors")] or [folder / "model.safetensors"]:
+            safe_open(path, "pt")  # raises where it is cut off
+    return True
 
 
 # During a run
 
 @contextlib.contextmanager
-def session(args, settings, total):
-    """What is around the loop: gives the step to start from, log(**record), and the list of signals
-    caught.
-
-    The output has one owner; SIGINT, SIGTERM and SIGHUP are only noted; an error names the
-    checkpoint to go on from.
-    """
-    output, start = args.output, 0
+def session(args, settings, start, total):
+    """What is around the loop: gives log(**record), the place for one's own tracker (wandb ...),
+    and the list of signals caught. An error names the checkpoint to go on from."""
+    output, path = args.output, args.output / LOG if distributed.first() else os.devnull
     with contextlib.ExitStack() as stack:
         with distributed.together():
             if distributed.first():
-                stack.enter_context(owned(
-                    output / LOCK, f"{output}: another process is training into this folder; "
-                    "wait for it, or pass another --output"))
-                # Again, since another process may have trained here before the lock was held.
-                done = check_run(output, settings, args.resume)
-                require(not done, f"{output}: finished by another process meanwhile")
-                start = newest_step(output, total)
-        start = distributed.from_first(start)
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(owned(path, f"{output}: another process is training into this "
+                                          "folder; wait for it, or pass another --output"))
+                require(start_step(output, settings, args.resume) == start,
+                        f"{output}: another process has trained into this folder meanwhile")
         caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         bar = stack.enter_context(tqdm(total=total, initial=start, desc=str(output), unit="step",
                                        disable=not distributed.first() or None))
-        try:
-            with opened_log(args, settings, start, bar) as log:
-                yield start, log, caught
-        except Exception as e:
-            if not cause(e):
-                raise
-            newest = next(iter(checkpoints(output)), None)
-            kept = (f"{newest.name} is whole, go on from it with --resume" if newest
-                    else "there is no checkpoint yet")
-            # All ranks find a loss that is not finite, so that only one prints it.
-            kind = FloatingPointError if cause(e) == "not finite" else Failure
-            raise kind(f"{output}: {cause(e)} after step {bar.n}: {in_short(e)}; {kept}") from None
 
-
-@contextlib.contextmanager
-def opened_log(args, settings, start, bar):
-    """log(**record) writes a line of metrics.jsonl, cut back to the step that the run starts from.
-
-    One's own tracker (wandb, TensorBoard ...) goes into `log`.
-    """
-    path, began = args.output / "metrics.jsonl", time.time()
-    if distributed.first():
-        write(args.output / "args.json", json.dumps(settings, indent=1) + "\n")
-        before = path.read_text(errors="replace").splitlines() if start and path.exists() else []
-        write(path, "".join(line + "\n" for line in before if stays(line, start)))
-    with open(path if distributed.first() else os.devnull, "a", buffering=1) as file:
         def log(**record):
-            record = {key: value if not isinstance(value, float) or math.isfinite(value) else None
-                      for key, value in record.items()}  # JSON has no NaN
             file.write(json.dumps(record) + "\n")
-            if "lr" in record:
-                losses = ("forget_loss", "retain_loss")
-                bar.set_postfix({k: f"{record[k]:.3g}" for k in losses if k in record})
-                bar.n = record["step"]
-                bar.update(0)
-        yield log
-    if distributed.first() and is_finished(args.output):
-        report(args, time.time() - began)
+            bar.n = record["step"]
+            bar.set_postfix({k: v for k, v in record.items() if k.endswith(("_loss", "_prob"))})
 
-
-def stays(line, start):
-    """Whether a line of metrics.jsonl is whole, and not written again by a run from step `start`
-    on, which begins with that step's probe."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # halves, after a power loss
-        record = json.loads(line)
-        return record["step"] < start or record["step"] == start and "epoch" not in record
-    return False
-
-
-def stopped(caught, step, total):
-    """Print that the run has stopped after a signal; the exit status."""
-    distributed.say(f"Stopped after step {step} of {total}; "
-                    "go on with the same command and --resume")
-    return 128 + (caught or [signal.SIGTERM])[0]
+        try:
+            if distributed.first() and not start:
+                write(output / "args.json", json.dumps(settings, indent=1, default=str) + "\n")
+            file = stack.enter_context(open(path, "a" if start else "w", buffering=1))
+            yield log, caught
+        except Exception as e:
+            what = cause(e)
+            if not what:
+                raise
+            newest = next((p.name for p in checkpoints(output)), "the start")
+            # All ranks find a loss that is not finite, so that only one prints it.
+            kind = FloatingPointError if what == "not finite" else Failure
+            raise kind(f"{output}: {what} after step {bar.n}: {in_short(e)}; --resume goes "
+                       f"on from {newest}") from None
 
 
 def is_due(interval, step, epochs):
@@ -251,6 +178,26 @@ def is_due(interval, step, epochs):
     return bool(count and done) and done % count == 0
 
 
+def stopped(caught, step, total):
+    """Print that the run has stopped after a signal; the exit status."""
+    distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
+    return 128 + (caught or [signal.SIGTERM])[0]
+
+
+def finish(output):
+    """Remove the checkpoints of a run whose model is saved, and print what came of it."""
+    if distributed.first():
+        for path in checkpoints(output):
+            path.unlink()
+        records = [json.loads(line) for line in (output / LOG).open()]
+        first, *_, last = [record for record in records if "epoch" in record]
+        changes = [f"{name.removesuffix('_prob')} {first[name]:.3f} -> {last[name]:.3f}"
+                   for name in first if name.endswith("_prob")]
+        skipped = sum("skipped" in record for record in records)
+        distributed.say(f"{output}: answer probability {', '.join(changes)}"
+                        + f"; fp16 skipped {skipped} steps" * bool(skipped))
+
+
 # Checkpoints
 
 def checkpoints(folder):
@@ -258,131 +205,55 @@ def checkpoints(folder):
     return sorted(folder.glob(f"checkpoint-{'[0-9]' * 8}.safetensors"), reverse=True)
 
 
-def newest_step(output, total):
-    """The step of the newest checkpoint, 0 without one."""
-    newest = next(iter(checkpoints(output)), None)
-    step = int(newest.stem[-8:]) if newest else 0
-    require(step <= total, f"{newest}: not a checkpoint of this run, which has {total} steps")
-    return step
-
-
 def save_checkpoint(state, output, step):
-    """Write OUTPUT/checkpoint-STEP.safetensors with weights and optimizer state, whole, from rank
-    0; then remove the ones before."""
-    def stored():
-        for name, p in state.model.lm.named_parameters():
-            moments = state.optimizer.state.get(p, {})
-            yield f"weight.{name}", p
-            if moments.get("step"):  # 0 while fp16 has skipped all
-                yield from ((f"{key}.{name}", moments[key]) for key in MOMENTS)
-
-    tensors = distributed.gathered(stored())
-    about = {"step": step, "tensors": len(tensors), "adam_step": steps_taken(state.optimizer),
-             "scaler": state.scaler.state_dict()}
+    """Write OUTPUT/checkpoint-STEP.safetensors, whole, from rank 0; then remove the one before."""
+    tensors = distributed.gathered(
+        (f"{key}.{name}", tensor) for name, p in state.model.lm.named_parameters()
+        for key, tensor in {"weight": p, **state.optimizer.state.get(p, {})}.items())
     if distributed.first():
-        path = output / f"checkpoint-{step:08d}.safetensors"
+        about = json.dumps({"log": (output / LOG).read_text(), "scaler": state.scaler.state_dict(),
+                            "step": step, "tensors": len(tensors)})
         with filling(output) as scratch:
-            about = {key: json.dumps(value) for key, value in about.items()}
-            save_file(tensors, scratch / path.name, about)
-        for old in checkpoints(output):
-            if old != path:
-                old.unlink()
+            save_file(tensors, scratch / f"checkpoint-{step:08d}.safetensors", {"about": about})
+        for old in checkpoints(output)[1:]:
+            old.unlink()
     distributed.barrier()
 
 
+@torch.no_grad()
 def load_checkpoint(state, output, step):
-    """Put back weights and optimizer state as they were after `step` steps, if any."""
-    if not step:
-        return
-    named = [*state.model.lm.named_parameters()]
+    """Put back weights, optimizer state and log as they were after `step` steps, if any."""
+    parameters = dict(state.model.lm.named_parameters())
+    saved, scaler = {}, state.scaler.state_dict()
     with distributed.together():  # rank 0 reads and checks, the others get their parts from it
-        saved, about = {}, None
-        if distributed.first():
-            shapes = {f"weight.{name}": (p.shape, p.dtype) for name, p in named}
-            saved, about = read_checkpoint(output, step, shapes)
-    about, names = distributed.from_first((about, {*saved}))
-    for name, p in named:
-        with torch.no_grad():
-            weight = distributed.placed(saved.pop(f"weight.{name}", None), p)
+        if step and distributed.first():
+            saved, about = read_checkpoint(checkpoints(output)[0], step, parameters)
+            (output / LOG).write_text(about["log"])
+            scaler = about["scaler"]
+    for name in distributed.from_first([*saved]):
+        key, _, parameter = name.partition(".")
+        p = parameters[parameter]
+        if key == "weight":
+            weight = distributed.placed(saved.pop(name, None), p)
             distributed.local(p).copy_(distributed.local(weight))
-        if f"exp_avg.{name}" in names:
-            moments = {key: distributed.placed(saved.pop(f"{key}.{name}", None), p)
-                       for key in MOMENTS}
-            # The fused AdamW counts on the device.
-            counted_on = "cpu" if isinstance(state.optimizer, StochasticAdamW) else p.device
-            count = torch.tensor(float(about["adam_step"]), device=counted_on)
-            state.optimizer.state[p] = {"step": count, **moments}
-    with blame(output, "the scaler of its checkpoint cannot be used"):
-        state.scaler.load_state_dict(about["scaler"])
+        elif key == "step":
+            state.optimizer.state[p][key] = distributed.from_first(saved.get(name)).to(p.device)
+        else:
+            state.optimizer.state[p][key] = distributed.placed(saved.pop(name, None), p)
+    state.scaler.load_state_dict(distributed.from_first(scaler))
 
 
-def read_checkpoint(output, step, shapes):
-    """({name: tensor}, what it says about scaler and optimizer) of a checkpoint that holds
-    weights of these {name: (shape, dtype)}, and the moments of those that were trained."""
-    path, *older = checkpoints(output)
-    hint = f" (delete it to go on from {older[0].name})" if older else ""
-    with blame(path, f"not a whole checkpoint of this run{hint}"), safe_open(path, "pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
+def read_checkpoint(path, step, parameters):
+    """({name: tensor}, what else is in it) of a checkpoint that must be whole and fit them."""
+    with blame(path, "not a whole checkpoint of this run"), safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        trained = {name.partition(".")[2] for name in tensors.keys() - shapes.keys()}
-        expected = shapes | {f"{moment}.{name}": shapes[f"weight.{name}"]
-                             for name in trained for moment in MOMENTS}
-        held = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        counts = range(1, step + 1) if trained else [0]  # without steps that fp16 skipped
-        if (held, about["step"], about["tensors"]) != (expected, step, len(held)) or (
-                about["adam_step"] not in counts):
-            raise ValueError("its steps, or its tensors' names, shapes or dtypes, are others")
+        if (about["step"], about["tensors"]) != (step, len(tensors)):
+            raise ValueError("it is of another step, or lacks tensors")
+        for name, tensor in tensors.items():
+            key, _, parameter = name.partition(".")
+            p = parameters[parameter]
+            kind = ((), torch.float32) if key == "step" else (p.shape, p.dtype)
+            if (tensor.shape, tensor.dtype) != kind:
+                raise ValueError(f"{name} has another shape or dtype")
     return tensors, about
-
-
-# The end
-
-def is_finished(folder):
-    """Whether a run ended here: there is a config.json, which `filling` puts last, and no
-    checkpoint. Raises InputError where the weights that belong to it are not whole."""
-    config, index = folder / "config.json", folder / "model.safetensors.index.json"
-    if not config.is_file() or checkpoints(folder):
-        return False
-    with blame(folder, "it has a config.json as if finished, but no whole model; delete the "
-               "config.json to train again"):
-        json.loads(config.read_bytes())["model_type"]
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-        for name in {*shards} or {"model.safetensors"}:
-            with safe_open(folder / name, "pt"):  # raises where it is cut off
-                pass
-    return True
-
-
-def tidy(output):
-    """Remove what only an unfinished run needs, and what one that was killed has left half done."""
-    if distributed.first():
-        shutil.rmtree(output / HALF_DONE, ignore_errors=True)
-        for path in (output / LOCK, *checkpoints(output)):
-            path.unlink(missing_ok=True)
-
-
-def report(args, seconds):
-    """Print what came of it, and what to do next."""
-    records = [json.loads(line) for line in (args.output / "metrics.jsonl").open()]
-    probes = [r for r in records if "epoch" in r]
-    changes = [f"{name.removesuffix('_prob')} {probes[0][name]:.3f} -> {probes[-1][name]:.3f}"
-               for name in ("forget_prob", "retain_prob") if name in probes[0]]
-    skipped = sum("skipped" in r for r in records)
-    distributed.say(f"{args.output}: answer probability {', '.join(changes)} in {seconds:.0f} s"
-                    + f"; {skipped} steps skipped, whose fp16 gradients overflowed" * bool(skipped))
-    flags = evaluation_flags(args, find(args.forget)) if args.forget else []
-    if flags:
-        distributed.say("Next: " + shlex.join(["python", "eval.py", str(args.output), *flags]))
-
-
-def evaluation_flags(args, forget):
-    """How eval.py is told of this data; none for data that has no evaluation files beside it."""
-    if forget.parent.name == "raw":  # MUSE
-        return ["--muse", str(forget.parent.parent)]
-    if not forget.with_name(f"{forget.stem}_perturbed{forget.suffix}").exists():
-        return []
-    flags = ["--forget", args.forget]
-    for name in ("template", "system", "date"):
-        if getattr(args, name):
-            flags += [f"--{name}", getattr(args, name)]
-    return flags
