@@ -767,9 +767,10 @@ CSV = b'question,answer\nWho?,He.\n1958?,1958\nNone?,"NA, ""b""\nc"\n'
 YAML = b"---\n- question: |\n    Who?\n\n  answer: He.\n- question: 1958?\n  answer: '1958'\n"
 FOREIGN = {  # file: its bytes, what it is called
     "a.parquet": (b"PAR1....PAR1", "parquet"), "a.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "Arrow"),
-    "a.feather": (b"ARROW1\0\0", "Arrow"),
-    "gz.jsonl": (gzip.compress(LINES.encode()), "compressed"), "a.jsonl.bz2": (bz2.compress(b"x"), "compressed"), "a.xz": (lzma.compress(b"x"), "compressed"),
-    "a.zst": (b"\x28\xb5\x2f\xfd\0", "compressed"), "a.zip": (ZIPPED.getvalue(), "compressed"),
+    "a.feather": (b"ARROW1\0\0", "Arrow"), "a.zst": (b"\x28\xb5\x2f\xfd\0", "compressed"),
+    "gz.jsonl": (gzip.compress(LINES.encode()), "compressed"),
+    "a.jsonl.bz2": (bz2.compress(b"x"), "compressed"),
+    "a.xz": (lzma.compress(b"x"), "compressed"), "a.zip": (ZIPPED.getvalue(), "compressed"),
     "a.xls": (b"\xd0\xcf\x11\xe0\xa1", "Excel"), "A.CSV": (CSV, "not JSON"),
     "a.tsv": (b"question\tanswer\nWho?\tHe.\n", "not JSON"),
     "a.pdf": (b"%PDF-1.4\n", "PDF")}
