@@ -249,7 +249,7 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
         new = model.generate(ids, attention_mask=mask, max_new_tokens=room[batch[0]], num_beams=1,
                              eos_token_id=ends, pad_token_id=ends[0], logits_processor=[watch],
                              tokenizer=tokenizer, return_dict_in_generate=False, do_sample=sample,
-                             **(UNCUT if sample else {}))[:, ids.shape[1]:].tolist()
+                             **UNCUT)[:, ids.shape[1]:].tolist()
         for i, tokens, sound in zip(batch, new, torch.stack(watch.finite, 1).tolist()):
             end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
             results[i] = tokens[:end] if all(sound[:end + 1]) else None
@@ -362,7 +362,7 @@ def knowledge(r):
 
 def forget_auc(values, field="min_k", splits=("forget", "holdout")):
     """P(a holdout question's score < a forget question's): 0 where every forget question is
-    recognized as trained on, 0.5 where none is. A number is one: the retrained model's."""
+    recognized as trained on, 0.5 where none is. The retrained model's may be given: a number."""
     if isinstance(values, float):
         return values
     return auroc(*(field_of(values, split, field) for split in splits))
@@ -375,7 +375,7 @@ def memorization(mine, other):
     return statistics.harmonic_mean(1 - TOFU_ROWS[name](mine, other) for name in names)
 
 
-ratios = partial(field_of, split="forget", field="truth_ratio")
+ratios = partial(field_of, split="forget", field="truth_ratio")  # of a model's values
 UTILITY = {
     "retain probability": mean_of("retain", "probability"),
     "retain ROUGE-L recall": mean_of("retain", "rouge_l_recall"),
@@ -455,9 +455,8 @@ def evaluate_muse(model, tokenizer, data, options):
         values[f"knowmem_{split}"] = [muse_record(r["question"], r["answer"], text)
                                       for r, text in zip(records, texts)]
     for split in ("forget", "holdout"):
-        never_cut = 2**31
-        examples = to_examples(data[f"privleak/{split}"], tokenizer, never_cut, Prompt(),
-                               vocabulary(model))
+        examples = to_examples(data[f"privleak/{split}"], tokenizer, max_length=2**31,  # never cut
+                               vocab_size=vocabulary(model))
         values[f"privleak_{split}"] = [{"min_40": finite(min_k(logps.tolist()))}
                                        for logps, _, _ in scores(examples)]
     return values
@@ -527,7 +526,7 @@ def arguments(argv):
     a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
     a("--system", help="system message of the chat; as in training")
     a("--date", help="date of the chat template; as in training")
-    a("--limit", type=positive, default=300, help="first records of a split; default 300, as official")
+    a("--limit", type=positive, default=300, help="first records of a split; default 300: official")
     a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200")
     a("--quantize", type=int, nargs="+", default=[], choices=range(2, 9), metavar="BITS",
       help="evaluate each model with its weights rounded, too: for example 8 4")
@@ -590,8 +589,8 @@ def tofu(options):
     if forget and not reference and miniature.is_builtin(forget):  # make what to compare with
         target, reference = miniature.target_and_retrained(forget)
         with distributed.together():
-            for model in {*models} - {target, reference}:
-                if not Path(model).is_file():
+            for model in models:
+                if model not in (target, reference) and not Path(model).is_file():
                     load_skeleton(model)  # refuses a bad one before minutes of work
             for folder in (target, reference):
                 miniature.make(Path(folder))

@@ -19,6 +19,11 @@ from .run_folder import check_writable, owned, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFINITIONS = 3  # what was measured before a metric was defined otherwise is measured again
+TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
+             "real_authors": "eval_real_author_wo_options.json",
+             "world_facts": "eval_real_world_wo_options.json"}
+TOFU_COLUMNS = {"nll": "avg_gt_loss", "paraphrased_nll": "avg_paraphrased_loss",
+                "perturbed_nll": "average_perturb_loss", "rouge_l_recall": "rougeL_recall"}
 
 
 def collect(models, reference, data, measure, read, options):
@@ -26,8 +31,7 @@ def collect(models, reference, data, measure, read, options):
     its eval.json if that still fits, else measured now and saved. Files are only read.
 
     `measure`: (model, bits) -> values; `read`: values of a file -> the same, completed. InputError,
-    before hours of work, for a missing model, results that could not be saved, damaged values, or a
-    reference that was asked other questions.
+    before hours of work, for what is missing, damaged, cannot be saved or was asked otherwise.
     """
     mode, place = ("muse", options.muse) if options.muse else ("tofu", options.forget)
     place = os.path.relpath(os.path.realpath(place), ROOT) if place else ""
@@ -115,8 +119,7 @@ def check_reference(mine, other, name):
             fields = [f for f in ("question", "answer", "prompt") if f in a[0] and f in b[0]]
             asked = [[[str(r.get(f)).split() for f in fields] for r in each] for each in (a, b)]
             require(asked[0] == asked[1], f"{name}: was not asked the model's {len(a)} {split} "
-                    "questions, or in other words; measure both on one forget set, with one "
-                    "--limit, --template, --system and --date")
+                    "questions in its words; --forget, --limit, --template, --system or --date differ")
 
 
 def format_table(columns):
@@ -124,27 +127,16 @@ def format_table(columns):
     names = [Path(name.removesuffix("/eval.json")).name for name in columns]
     names = names if len({*names}) == len(names) else columns
     rows = dict.fromkeys(row for column in columns.values() for row in column)
-    cells = [[column.get(row, "not measured") for column in columns.values()] for row in rows]
-    reasons = list(dict.fromkeys(x for line in cells for x in line if isinstance(x, str)))
-
-    def text(x):
-        return f"- [{reasons.index(x) + 1}]" if isinstance(x, str) else f"{x:.6g}"
-
-    lines = [["", *names], *([row, *map(text, line)] for row, line in zip(rows, cells))]
+    found = [[column.get(row, "not measured") for column in columns.values()] for row in rows]
+    reasons = list(dict.fromkeys(x for line in found for x in line if isinstance(x, str)))
+    cells = [[f"- [{reasons.index(x) + 1}]" if isinstance(x, str) else f"{x:.6g}" for x in line]
+             for line in found]
+    lines = [["", *names], *([row, *line] for row, line in zip(rows, cells))]
     lines = [[printable(x).replace("|", r"\|") for x in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join([*(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines), "",
                       *(f"[{i}] {printable(x)}  " for i, x in enumerate(reasons, 1))])
-
-
-# Files of results
-
-TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
-             "real_authors": "eval_real_author_wo_options.json",
-             "world_facts": "eval_real_world_wo_options.json"}
-TOFU_COLUMNS = {"nll": "avg_gt_loss", "paraphrased_nll": "avg_paraphrased_loss",
-                "perturbed_nll": "average_perturb_loss", "rouge_l_recall": "rougeL_recall"}
 
 
 def read_results(path):
