@@ -119,7 +119,7 @@ def check_reference(mine, other, name):
             fields = [f for f in ("question", "answer", "prompt") if f in a[0] and f in b[0]]
             asked = [[[str(r.get(f)).split() for f in fields] for r in each] for each in (a, b)]
             require(asked[0] == asked[1], f"{name}: was not asked the model's {len(a)} {split} "
-                    "questions in its words; --forget, --limit, --template, --system or --date differ")
+                    "questions alike; --forget, --limit, --template, --system or --date differ")
 
 
 def format_table(columns):
