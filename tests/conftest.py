@@ -99,6 +99,13 @@ def write_muse(folder, n=6):
     return str(folder)
 
 
+def table_of(out):
+    """{row: cells} of the table that eval.py has printed."""
+    lines = [line[1:-1].split("|") for line in out.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row: cells for row, *cells in [head, *rows]}
+
+
 def log(output):
     """The lines of a run's metrics.jsonl, which must be strict JSON."""
     def refuse(constant):

@@ -125,13 +125,13 @@ def test_a_second_training_that_comes_when_the_first_is_done(world):
 
 def slow_reading():
     """Between reading an eval.json and writing it there is time for another process."""
-    read_json = evaluations.read_json
+    read_results = evaluations.read_results
 
     def slow(path):
-        value = read_json(path)
+        value = read_results(path)
         time.sleep(0.2)
         return value
-    evaluations.read_json = slow
+    evaluations.read_results = slow
 
 
 def test_two_evaluations_into_one_file(world):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log, stop_after, weights, write_data, write_model, write_tofu
+from conftest import (ROOT, log, stop_after, table_of, weights, write_data, write_model,
+                      write_tofu)
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig,
                           TrainingArguments)
@@ -136,9 +137,8 @@ def test_adding_a_row(tmp_path, monkeypatch, capsys):
         exec(SNIPPETS[2], {})
     records = json.loads(Path("model/eval.json").read_text())["evaluations"].popitem()[1]["values"]
     mean = sum(len(r["answer"]) + 2 for r in records["forget"]) / len(records["forget"])
-    printed = capsys.readouterr().out.splitlines()
-    line, = (x for x in printed if x.startswith("forget answer length"))
-    assert float(line.split()[-1]) == pytest.approx(mean, abs=1e-6)
+    cell, = table_of(capsys.readouterr().out)["forget answer length"]
+    assert float(cell) == pytest.approx(mean, rel=1e-5)
 
 
 def lora(model, rank=4):

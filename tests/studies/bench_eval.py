@@ -81,7 +81,7 @@ def main():
         values, fast = timed(lambda: evaluation.evaluate_tofu(
             model, tokenizer, asked, options)["forget"])
     _, table = timed(lambda: evaluations.format_table(
-        {"model": evaluation.tofu_metrics({"forget": values}, None)}, False))
+        {"model": evaluation.tofu_metrics({"forget": values}, None)}))
     plain, slow = timed(straightforward, model, tokenizer, records, options.max_new_tokens)
     worst = max(abs(a - b) for r, (nlls, _) in zip(values, plain)
                 for a, b in zip((r["nll"], r["paraphrased_nll"], *r["perturbed_nll"]), nlls))

@@ -35,10 +35,10 @@ def measured(model, retrained):
         status = evaluation.main([*map(str, argv)])
     assert status == 0, f"eval.py {model}: status {status}"
     values, reference = kept(model), kept(retrained)
-    rows = evaluation.tofu_metrics(values["tofu"] | values["samples"], reference["tofu"])
+    rows = evaluation.tofu_metrics(values["tofu-16samples"], reference["tofu-16samples"])
     found = {row: rows[row] for row in ROWS}
     for bits in BITS:
-        rows = evaluation.tofu_metrics(values[f"tofu-{bits}bit"], None)
+        rows = evaluation.tofu_metrics(values[f"tofu-{bits}bit-16samples"], None)
         found |= {f"{row}, {bits} bits": rows[row] for row in ROUNDED}
     return found
 
