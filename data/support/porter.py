@@ -47,15 +47,13 @@ def ends_short(word):
 
 def step1(word):
     """Plurals, -ed and -ing, and a final y."""
-    if word.endswith("ies"):
+    if word.endswith(("ies", "ied")):  # NLTK: of four letters the e stays
         word = word[:-1] if len(word) == 4 else word[:-2]
     elif word.endswith("sses"):
         word = word[:-2]
     elif word.endswith("s") and not word.endswith("ss"):
         word = word[:-1]
-    if word.endswith("ied"):  # NLTK
-        word = word[:-1] if len(word) == 4 else word[:-2]
-    elif word.endswith("eed"):
+    if word.endswith("eed"):
         word = word[:-1] if measure(word[:-3]) > 0 else word
     else:
         stems = [word[:-len(suffix)] for suffix in ("ed", "ing") if word.endswith(suffix)]
@@ -93,10 +91,8 @@ def replace(word, rules, least):
 
 def step5(word):
     """A final -e and a double l."""
-    if word.endswith("e"):
-        stem = word[:-1]
-        if measure(stem) > 1 or measure(stem) == 1 and not ends_short(stem):
-            word = stem
+    if word.endswith("e") and measure(word[:-1]) > (1 if ends_short(word[:-1]) else 0):
+        word = word[:-1]
     return word[:-1] if word.endswith("ll") and measure(word[:-1]) > 1 else word
 
 
