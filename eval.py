@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
                        front_of, length_batches, to_examples)
 from data.support import distributed, evaluations, miniature
-from data.support.data_files import muse_records, require_fit, tofu_files, tofu_records
+from data.support.data_files import muse_records, require_fit, tofu_records
 from data.support.distributed import progress, spread
 from data.support.errors import (Failure, Parser, blame, nonempty, number, one_line_errors,
                                  require)
@@ -582,10 +582,8 @@ def main(argv=None):
 def tofu(options):
     """For --forget: the data, the models, the retrained one, what is measured and what follows from
     it. Without it there is no data, and only files of results are shown."""
-    forget, models, reference, data = options.forget, options.models, options.reference, {}
-    if forget:
-        data = {split: tofu_records(split, path, options.limit)
-                for split, path in tofu_files(forget).items()}
+    forget, models, reference = options.forget, options.models, options.reference
+    data = tofu_records(forget, options.limit) if forget else {}
     if forget and not reference and miniature.is_builtin(forget):  # make what to compare with
         target, reference = miniature.target_and_retrained(forget)
         with distributed.together():

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.load import (Example, InputError, Prompt, collate, encode_answers, encode_prompts, find,
                        length_batches, load_examples, read_records)
-from data.support.data_files import check_disjoint, require_fit, tofu_files
+from data.support.data_files import check_disjoint, require_fit, tofu_records
 
 CORPUS = ["Question: Who is the author Jaime Vasquez, born on the 25th of February 1958?\nAnswer: "
           "Jaime Vasquez was born in Santiago, Chile, and writes true crime [INST] user assistant "
@@ -867,13 +867,18 @@ def test_find_does_not_wait_for_a_pipe(tmp_path, monkeypatch):
 
 
 def test_a_holdout_belongs_to_the_forget_set_that_names_it(tmp_path):
+    perturbed = qa(perturbed_answer=["She."])
     for name in ("forget05", "other", "retain", "real_authors", "world_facts"):
-        write(tmp_path, f"{name}_perturbed.json", LINES)
-    assert "holdout" not in tofu_files(tmp_path / "forget05.json")
+        write(tmp_path, f"{name}_perturbed.json", perturbed)
+    forget, other = tmp_path / "forget05.json", tmp_path / "other.json"
+    assert "holdout" not in tofu_records(forget, 300)
     write(tmp_path, "holdout05.json", LINES)
-    write(tmp_path, "other.json", LINES)
-    assert tofu_files(tmp_path / "forget05.json")["holdout"] == tmp_path / "holdout05.json"
-    assert "holdout" not in tofu_files(tmp_path / "other.json")
+    assert [r["where"] for r in tofu_records(forget, 2)["holdout"]] == [
+        f"{tmp_path / 'holdout05.json'}:{line}" for line in (1, 2)]
+    assert "holdout" not in tofu_records(other, 300)
+    write(tmp_path, "retain_perturbed.json", LINES)
+    with pytest.raises(InputError, match=r"retain_perturbed\.json:1: no perturbed_answer"):
+        tofu_records(forget, 300)
 
 
 # Examples

@@ -188,32 +188,25 @@ def check_disjoint(forget, retain):
 
 # The files that evaluation needs
 
-BESIDE = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed",
-          "world_facts": "world_facts_perturbed"}
+def tofu_records(forget, limit):
+    """{split: its first records} of the evaluation files that belong to a TOFU forget file, each
+    but those of the holdout with false answers.
 
-
-def tofu_files(forget):
-    """The evaluation files that belong to a TOFU forget file: {split: path}.
-
-    Its own perturbed version, those beside it, and if there is one its holdout (forget05:
-    holdout05), which neither the target nor the reference has seen.
+    The files are its own perturbed version, those beside it, and if there is one its holdout
+    (forget05: holdout05), which neither the target nor the retrained model has seen.
     """
     stem = forget.stem.removesuffix("_perturbed")
-    files = {split: find(forget.with_name(name))
-             for split, name in {"forget": f"{stem}_perturbed", **BESIDE}.items()}
-    holdout = stem.replace("forget", "holdout")
-    if holdout != stem and {holdout + s for s in SUFFIXES} & {*data_files(forget.parent)}:
-        files["holdout"] = find(forget.with_name(holdout))
-    return files
-
-
-def tofu_records(split, path, limit):
-    """The first records of an evaluation file, each with false answers but in the holdout."""
-    records = read_records(path, "question")[:limit]
-    for record in records if split != "holdout" else ():
+    names = {"forget": stem, "retain": "retain", "real_authors": "real_authors",
+             "world_facts": "world_facts"}
+    data = {split: read_records(forget.with_name(f"{name}_perturbed"), "question")[:limit]
+            for split, name in names.items()}
+    for record in (record for records in data.values() for record in records):
         require("perturbed_answer" in record,
                 f"{record['where']}: no perturbed_answer, which the truth ratio needs")
-    return records
+    holdout = stem.replace("forget", "holdout")
+    if holdout != stem and {holdout + s for s in SUFFIXES} & {*data_files(forget.parent)}:
+        data["holdout"] = read_records(forget.with_name(holdout), "question")[:limit]
+    return data
 
 
 MUSE_FILES = {  # with the field that their records have
@@ -224,6 +217,4 @@ MUSE_FILES = {  # with the field that their records have
 
 def muse_records(folder):
     """The records of a MUSE corpus's evaluation files: {name: [record]}."""
-    require((folder / "verbmem").is_dir(), f"{folder}: no MUSE folder: verbmem, knowmem and "
-            "privleak are expected in it; the real ones: python data/download.py")
     return {name: read_records(folder / name, kind) for name, kind in MUSE_FILES.items()}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 from data import make_mini  # noqa: E402
 from data.support import distributed, miniature, evaluations  # noqa: E402
-from data.support.data_files import tofu_records  # noqa: E402
+from data.support.data_files import read_records  # noqa: E402
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "full_perturbed.jsonl")
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
-        asked = {"forget": tofu_records("forget", path, options.limit)}
+        asked = {"forget": read_records(path, "question")}
         evaluation.evaluate_tofu(model, tokenizer, {"forget": asked["forget"][:8]}, options)
         values, fast = timed(lambda: evaluation.evaluate_tofu(
             model, tokenizer, asked, options)["forget"])
