@@ -188,7 +188,8 @@ def test_arguments_that_are_missing(argv, place, world, tmp_path, capfd):
     ("{model}", "model: "), ("runs/eval.json", "runs/eval.json: "),  # there are no results to show
     ("{model} --forget ''", "--forget"), ("{model} --forget nowhere", "nowhere: "),
     ("{model} --forget {data}/forget25", "forget25*perturbed"),
-    ("{model} --muse nowhere", "nowhere/verbmem/forget: "), ("{model} --muse {tofu}", "*tofu/verbmem/forget: "),
+    ("{model} --muse nowhere", "nowhere/verbmem/forget: "),
+    ("{model} --muse {tofu}", "*tofu/verbmem/forget: "),
     ("{model} --muse {muse} --forget x", "*--muse"),
     ("{model} --muse {muse} --reference nan", "--reference"),
     (f"{TOFU} --reference ''", "--reference"), (f"{TOFU} --reference runs/none", "runs/none: "),

@@ -30,9 +30,8 @@ def start(name):
     with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
-            if device.index is None:
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)  # what "cuda" means from here on
+            own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device
+            torch.cuda.set_device(own)  # what "cuda" means from here on
         torch.ones(1, device=device).item()
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -87,11 +86,6 @@ def any_rank(flag, device):
 def orphaned():
     """Whether torchrun, which started this process, is gone."""
     return dist.is_torchelastic_launched() and os.getppid() != PARENT
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def spread(function, model, items, *args):

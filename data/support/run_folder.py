@@ -217,7 +217,7 @@ def save_checkpoint(state, output, step):
             save_file(tensors, scratch / f"checkpoint-{step:08d}.safetensors", {"about": about})
         for old in checkpoints(output)[1:]:
             old.unlink()
-    distributed.barrier()
+    distributed.on_all_ranks("saved")  # when one rank ends, torchrun ends the others
 
 
 @torch.no_grad()
