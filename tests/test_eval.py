@@ -556,7 +556,9 @@ def test_a_hub_name_whose_branch_moves(tofu, tmp_path):
     commands = [("aaa", "eval", asked), ("aaa", "eval", asked), ("bbb", "eval", asked),
                 ("aaa", "train", trained), ("bbb", "train", [*trained, "--resume"])]
     code = f"""import json, shutil, sys, eval, train
+from data.support.models import folder_of
 for number, (commit, program, argv) in enumerate({commands}):
+    folder_of.cache_clear()  # as if in a process of its own
     open({str(repository / "refs" / "main")!r}, "w").write(commit)
     print("status", sys.modules[program].main(argv))
     shutil.copy("runs/tiny--mine/eval.json", f"{{number}}.json")
