@@ -27,7 +27,7 @@ from data.support import distributed, miniature, run_folder
 from data.support.data_files import check_disjoint, find, retain_beside
 from data.support.errors import (Parser, blame, interval, nonempty, number, one_line_errors,
                                  require)
-from data.support.models import (check_mergeable, check_savable, context_length, fingerprint,
+from data.support.models import (check_savable, context_length, empty_copy, fingerprint,
                                  load_skeleton, load_start, rope_borders, savable_tensors,
                                  save_model, vocabulary)
 from data.support.optim import StochasticAdamW, steps_taken
@@ -189,6 +189,7 @@ class State(NamedTuple):
     model: nn.Module  # an AnswerModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing but for fp16
+    empty: nn.Module  # the adapted model without weights, for saving it
 
 
 @one_line_errors
@@ -227,7 +228,7 @@ def main(argv=None):
             if step in epochs:
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and run_folder.is_due(args.snapshots, step, epochs):
-                save_model(state.model.lm, files, args.output / f"step-{step:06d}")
+                save_model(state, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
             due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
@@ -265,7 +266,7 @@ def main(argv=None):
         if not steps_taken(state.optimizer):
             raise FloatingPointError("fp16 gradients overflowed in every step; --dtype bf16 or "
                                      "fp32")
-        save_model(state.model.lm, files, args.output)
+        save_model(state, files, args.output)
         run_folder.tidy(args.output)
     return 0
 
@@ -357,7 +358,7 @@ def update(state, losses, lr, args):
     Raises FloatingPointError, and changes no weight, where loss or gradient are not finite. In fp16
     a gradient may overflow: that step is skipped and the loss scale halved, down to 1.
     """
-    model, optimizer, scaler = state
+    model, optimizer, scaler, _ = state
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.unscale_(optimizer)
@@ -469,14 +470,14 @@ def build(args):
     shapes = {name: tensor.shape for name, tensor in savable_tensors(lm)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
     lm = adapt(lm, args)
-    check_mergeable(lm, shapes)
+    empty = empty_copy(lm, shapes)
     model = AnswerModel(lm, reference, autocast).train()
     if distributed.world() > 1:
         shard(model)  # layer by layer onto the card: no card holds the whole
     model.to(args.device)
     try_step(model, args)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
-    return State(model, make_optimizer(lm, args), scaler)
+    return State(model, make_optimizer(lm, args), scaler, empty)
 
 
 def try_step(model, args):

@@ -4,6 +4,7 @@ Only safetensors are read; no remote code runs.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
@@ -271,8 +273,8 @@ def own_files(folder):
 def check_savable(path, model):
     """{name: content} of the files that unlearning does not change: configs and tokenizer."""
     require(not getattr(model.config, "quantization_config", None), f"{path}: its weights are "
-            "quantized, and would be saved as they are trained, not as config.json says; train a "
-            "model that is not quantized, or remove quantization_config and dequantize it")
+            "quantized, and would be saved as they are trained; remove quantization_config and "
+            "dequantize it first")
     return {file.name: file.read_bytes() for file in own_files(folder_of(path))}
 
 
@@ -290,67 +292,60 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def save_model(model, files, folder):
+def save_model(state, files, folder):
     """Write a folder that from_pretrained opens: the weights, and the start model's own files."""
-    with merged(model):  # until the file is written: on a CPU `weights` share the model's memory
-        weights = distributed.gathered(savable_tensors(model))
-        if distributed.first():
-            with filling(folder) as scratch:
-                weights = revert_weight_conversion(plain_of(model), weights)
-                save_file(weights, scratch / "model.safetensors", {"format": "pt"})
-                for name, content in files.items():
-                    (scratch / name).write_bytes(content)
+    weights = distributed.gathered(savable_tensors(state.model.lm))
+    if distributed.first():
+        plain = merged(state.empty, weights)
+        weights = {name: tensor.detach() for name, tensor in savable_tensors(plain)}
+        with filling(folder) as scratch:
+            save_file(revert_weight_conversion(plain, weights), scratch / "model.safetensors",
+                      {"format": "pt"})
+            for name, content in files.items():
+                (scratch / name).write_bytes(content)
     distributed.barrier()
 
 
-def plain_of(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def savable_tensors(model):
-    """[(name, tensor)] of what a model's file holds, tied weights once; of a PEFT model the names
-    of the plain one, whose weights have the adapters in them only within `merged`."""
-    plain = plain_of(model)
-    persistent = plain.state_dict().keys()
-    return [(name.replace(".base_layer", ""), tensor)
-            for name, tensor in (*plain.named_parameters(), *plain.named_buffers())
-            if name in persistent and not is_adapter(model, name)]
+    """[(name, tensor)] of what a model's file holds, tied weights once."""
+    persistent = model.state_dict().keys()
+    return [(name, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if name in persistent]
 
 
-def is_adapter(model, name):
-    """Whether a PEFT model's parameter is one that merges into others: lora_A, ia3_l ..."""
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    return bool(prefix) and f".{prefix}" in name
+def empty_copy(model, expected):
+    """A copy of an adapted model without its weights, which FSDP will have; save_model needs it.
 
-
-@contextlib.contextmanager
-def merged(model):
-    """The adapters of a PEFT model are merged into its weights meanwhile."""
-    layers = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
-    before = [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
-    if layers:
-        model.merge_adapter()
-    yield
-    if layers:
-        model.unmerge_adapter()
-    with torch.no_grad():  # a difference of sums is not the same to the last bit
-        for p, value in before:
-            p.copy_(value)
-
-
-def check_mergeable(model, expected):
-    """Raise InputError unless an adapted model can be saved as a plain one: its merge has the
-    `expected` {name: shape}, all that is trained goes into it, and no adapter changes a weight that
-    is used in two places."""
-    with blame("train.adapt", "the adapters cannot be merged"), merged(model):
-        saved = {id(tensor): (name, tensor.shape) for name, tensor in savable_tensors(model)}
-    wrong = [name for name, _ in {*saved.values()} ^ {*expected.items()}]
-    parameters = [*model.named_parameters(remove_duplicate=False)]
-    uses = Counter(id(p) for _, p in parameters)
-    for name, p in parameters:
-        lost = p.requires_grad and id(p) not in saved and not is_adapter(model, name)
-        if lost or ".base_layer" in name and uses[id(p)] > 1:
-            wrong.append(name)
+    Raises InputError unless it merges into a plain model with the `expected` {name: shape}, and no
+    adapter changes a weight that is used in two places.
+    """
+    empty = filled(model, {name: tensor.to("meta") for name, tensor in savable_tensors(model)})
+    with blame("train.adapt", "the adapters cannot be merged"):
+        plain = merged(empty, dict(savable_tensors(empty)))
+    got = {name: tensor.shape for name, tensor in savable_tensors(plain)}
+    wrong = [name for name, _ in got.items() ^ expected.items()]
+    named = [*model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(p) for _, p in named)
+    wrong += [name for name, p in named
+              if uses[id(p)] > 1 and re.search("base_layer|original_module", name)]
     require(not wrong, f"train.adapt: {min(wrong, default='')} could not be saved in a plain "
-            "model; train its own weights, or adapters that merge into them (LoRA without "
-            "modules_to_save, IA3, LoHa ...), none of them on tied weights")
+            "model; train its own weights, or adapters that merge into weights that are not tied")
+    return empty
+
+
+def merged(empty, weights):
+    """The plain model of an empty copy and the weights {name: tensor} that belong to it."""
+    if not hasattr(empty, "merge_and_unload"):
+        return filled(empty, weights)
+    weights = {name: tensor.clone() for name, tensor in weights.items()}  # merging changes them
+    return filled(empty, weights).merge_and_unload()
+
+
+def filled(model, weights):
+    """A copy of a model that has these weights {name: tensor} in place of its own."""
+    copies = {}
+    for name, own in savable_tensors(model):
+        is_buffer = not isinstance(own, nn.Parameter)
+        other = weights[name].detach()
+        copies[id(own)] = other if is_buffer else nn.Parameter(other, own.requires_grad)
+    return copy.deepcopy(model, copies)
