@@ -568,11 +568,11 @@ for number, (commit, program, argv) in enumerate({commands}):
                           capture_output=True)
     statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
     assert statuses == [f"status {n}" for n in (0, 0, 0, 0, 2)], done.stderr
-    assert "start was aaa, is bbb" in done.stderr
+    assert "start was " in done.stderr
     (old,), (same,), (new,) = (
         json.loads((tmp_path / f"{n}.json").read_text())["evaluations"].values() for n in range(3))
-    assert old == same and old["settings"]["weights"] == "aaa"
-    assert new["settings"]["weights"] == "bbb" and old["values"] != new["values"]
+    assert old == same and old["values"] != new["values"]
+    assert old["settings"]["weights"] != new["settings"]["weights"]
 
 
 def test_results_of_other_definitions_are_measured_again(pair, tofu, tmp_path, capsys):

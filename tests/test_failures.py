@@ -313,7 +313,7 @@ BAD_MODELS = {  # what is done to a sound folder, words after its name
     "a pointer": (written("model.safetensors", POINTER), "*Git LFS"),
     "a pickle": (pickled, "*pytorch_model.bin"),
     "cut off": (cut("model.safetensors", 5000), "*cannot be loaded"),
-    "one is missing": (without_a_norm, "*1 weights are missing*model.norm.weight"),
+    "one is missing": (without_a_norm, "*1 weights *model.norm.weight"),
     "too many": (config(num_hidden_layers=1), "*9 weights*layers.1"),
     "of another shape": (config(hidden_size=64), "*weights are missing, of another shape"),
     "a shard outside": (sharded("../model/model.safetensors"), "*'../model/model.safetensors'"),
