@@ -39,8 +39,8 @@ SPARE = re.compile(r"rotary_emb|inv_freq|attn\.(masked_)?bias$|^(v_head|value_he
 
 @functools.cache
 def folder_of(path):
-    """The folder of a model: `path`, or the one in the hub's cache with the files of a hub name,
-    downloaded now unless the hub does not answer within 10 s."""
+    """The folder of a model: `path`, or that of a hub name in the hub's cache, its files downloaded
+    unless the hub does not answer within 10 s."""
     if Path(path).exists():
         return Path(path)
     try:
@@ -87,9 +87,7 @@ def load_start(args, dtype):
 
 def load_skeleton(path, weights=True):
     """The model at a folder or hub name without its weights (on the meta device), its tokenizer.
-
-    Raises InputError for all that can be known before the weights are read, if there are to be any.
-    """
+    Raises InputError for all that can be known before the weights, if needed, are read."""
     check_folder(path, weights)
     with blame(path, "config.json describes no model that can be built"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder_of(path), **SAFE)
@@ -107,8 +105,8 @@ def load_tokenizer(path):
     with blame(path, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder_of(path), **SAFE)
         tokenizer("a b")
-    words = len(tokenizer) - len(tokenizer.get_added_vocab())  # without files transformers makes
-    require(words, f"{path}: no tokenizer in this folder")     # one up that has none
+    require(len(tokenizer) > len(tokenizer.get_added_vocab()),
+            f"{path}: no tokenizer in this folder")  # transformers makes up one without words
     require(tokenizer.eos_token_id is not None,
             f"{path}: the tokenizer has no EOS token, so an answer has no end; set eos_token")
     return tokenizer
@@ -169,6 +167,8 @@ def check_generation(path, model):
     mask = torch.ones_like(texts)
     mask[0, :3] = 0  # the padding of the first
     with blame(path, f"what {type(model).__name__} generates cannot be trusted"):
+        ends = torch.tensor(model.generation_config.eos_token_id or 0)  # one token id, or a list
+        require(ends.ndim < 2, f"{path}: eos_token_id of its generation config holds lists")
         new = model.generate(
             texts, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False,
             num_beams=1, stop_strings=None, pad_token_id=0, output_logits=True,
@@ -189,12 +189,9 @@ def require_same(model, logits, expected):
 # Generating
 
 def generation_batches(model, prompts, room, batch_size):
-    """Index lists of prompts of equal room and like length, the longest first, so that memory runs
-    out at once or never.
-
-    Of equal length where the generation_config looks back, which would take the padding for text,
-    and where one may cross a border of its rotary tables, which a shorter one would reach later.
-    """
+    """Index lists of prompts of equal room and like length, the longest first. Of equal length if
+    the generation_config looks back, which would take the padding for text, or where one may cross
+    a border of the rotary tables, which a shorter one would reach later."""
     looks_back = any(getattr(model.generation_config, name, None) not in (None, 0, 1)
                      for name in ("repetition_penalty", "no_repeat_ngram_size", "min_length",
                                   "bad_words_ids", "sequence_bias"))
@@ -216,8 +213,7 @@ def decode(tokenizer, sequences, **options):
 
 
 class Finite(list):
-    """A logits processor that changes nothing; it lists, step by step, in which rows all logits
-    are numbers."""
+    """A logits processor that only lists, for each step, in which rows all logits are numbers."""
 
     def __call__(self, input_ids, scores):
         self.append(scores.amax(-1).isfinite())
@@ -272,11 +268,9 @@ def savable_tensors(model):
 
 
 def empty_copy(model, expected):
-    """A copy of an adapted model on the meta device, for save_model (FSDP's cannot be copied).
-
-    Raises InputError unless it merges into a plain model with the `expected` {name: shape}, and no
-    adapter changes a weight that is used in two places.
-    """
+    """A copy of an adapted model on the meta device, which save_model fills (none can be made of an
+    FSDP model). Raises InputError unless it merges into a plain model with the `expected` {name:
+    shape}, and no adapter changes a weight that is used in two places."""
     empty = filled(model, {name: tensor.to("meta") for name, tensor in savable_tensors(model)})
     with blame("train.adapt", "the adapters cannot be merged"):
         plain = {name: t.shape for name, t in savable_tensors(merged(copy.deepcopy(empty)))}
@@ -291,11 +285,9 @@ def empty_copy(model, expected):
 
 
 def filled(model, weights):
-    """A copy of a model with weights that are taken from {name: tensor}, one at a time."""
-    copies = {}
-    for name, own in savable_tensors(model):
-        other = weights.pop(name).clone()
-        copies[id(own)] = nn.Parameter(other, False) if isinstance(own, nn.Parameter) else other
+    """A copy of a model with weights that are taken out of {name: tensor}, one at a time."""
+    copies = {id(own): nn.Parameter(weights.pop(name).clone(), requires_grad=False)
+              for name, own in savable_tensors(model)}
     return copy.deepcopy(model, copies)
 
 
