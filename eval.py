@@ -250,7 +250,7 @@ def generate(model, prompts, tokenizer, max_new_tokens, batch_size, ends=(), sam
                              eos_token_id=ends, pad_token_id=ends[0], logits_processor=[watch],
                              tokenizer=tokenizer, return_dict_in_generate=False, do_sample=sample,
                              **UNCUT)[:, ids.shape[1]:].tolist()
-        for i, tokens, sound in zip(batch, new, torch.stack(watch.finite, 1).tolist()):
+        for i, tokens, sound in zip(batch, new, torch.stack(watch, 1).tolist()):
             end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
             results[i] = tokens[:end] if all(sound[:end + 1]) else None
     return results

@@ -192,7 +192,7 @@ def main(argv=None):
     if start is None:
         distributed.say(f"{args.output}: this run is complete")
         return 0
-    state = build(args)
+    state, empty = build(args)
     borders = models.rope_borders(state.model.lm)  # lengths that LongRoPE sets apart in a batch
     # NPO's reference is the start model, so it is scored before a checkpoint is loaded.
     ref_logps = score(state.model, forget, args) if LOSSES[args.loss].needs_reference else None
@@ -209,7 +209,7 @@ def main(argv=None):
             if step in epochs and (step > start or not start):  # else the log has it
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and run_folder.is_due(args.snapshots, step, epochs):
-                models.save_model(state.model.lm, files, args.output / f"step-{step:06d}")
+                models.save_model(state.model.lm, empty, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
             due = step < total and run_folder.is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
@@ -246,7 +246,7 @@ def main(argv=None):
             log(step=step, **record, tokens_per_s=round(tokens / (time.time() - began), 1))
         if not any(moments["step"] for moments in state.optimizer.state.values()):
             raise FloatingPointError("fp16 gradients overflowed in every step; use --dtype fp32")
-        models.save_model(state.model.lm, files, args.output)
+        models.save_model(state.model.lm, empty, files, args.output)
         run_folder.finish(args.output)
     return 0
 
@@ -428,7 +428,8 @@ def answer_token_kl(model, reference, input_ids, labels):
 
 
 def build(args):
-    """The State: the model loaded, adapted and sharded; its optimizer and scaler."""
+    """The State: the model loaded, adapted and sharded, its optimizer and scaler; and the model
+    without weights, for saving it."""
     with distributed.together(), blame(args.model or args.init):
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
         lm = models.load_start(args, dtype)
@@ -439,7 +440,7 @@ def build(args):
     shapes = {name: tensor.shape for name, tensor in models.savable_tensors(lm)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
     lm = adapt(lm, args)
-    models.check_mergeable(lm, shapes)
+    empty = models.empty_copy(lm, shapes)
     model = AnswerModel(lm, reference, autocast).train()
     if distributed.world() > 1:
         shard(model)  # layer by layer onto the card: no card holds the whole
@@ -449,7 +450,7 @@ def build(args):
         model(ids, ids).sum().backward()  # fails with a dropout above 1, without a compiler ...
     model.zero_grad()
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
-    return State(model, make_optimizer(lm, args), scaler)
+    return State(model, make_optimizer(lm, args), scaler), empty
 
 
 def adapt(model, args):

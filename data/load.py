@@ -12,8 +12,7 @@ A data file is JSON lines, a JSON array or plain text (data/README.md). Its reco
 import contextlib
 import os
 import re
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,14 +45,13 @@ class Prompt:
     date: str | None = None  # today, for chat templates that print it
 
     def __post_init__(self):
-        known = self.template in (None, "chat", *TEMPLATES)
-        require(known or "{question}" in self.template, f"--template {self.template!r}: not chat, "
-                "llama2, plain or a text with {question} in it")
-        with blame("--template", "not UTF-8"):  # bytes of the shell's that are no text
-            (self.template or "").encode()
-        other = re.search(r"\{\s*\w*\s*\}|\{\{", (self.template or "").replace("{question}", ""))
-        require(not other, f"--template {self.template!r}: only {{question}} is replaced, once and "
-                "in single braces; the answer follows by itself")
+        if self.template in (None, "chat", *TEMPLATES):
+            return
+        rest = self.template.replace("{question}", "")
+        odd = re.search(r"\{\s*\w*\s*\}|\{\{|[\ud800-\udfff]", rest)  # other names; no UTF-8
+        require("{question}" in self.template and not odd, f"--template {self.template!r}: not "
+                "chat, llama2, plain or a text with {question} in it; only {question} is replaced, "
+                "and the answer follows by itself")
 
 
 # Questions and answers to tokens
@@ -63,14 +61,13 @@ def encode_prompts(tokenizer, questions, prompt):
     and of those of a conversation with one; the model generates the rest.
 
     So a prompt holds no token that training has not shown in its place: a blank, or a newline that
-    is a token of its own only at a text's end, is left for the model to write. InputError if the
-    chat template is unusable.
+    is a token of its own only at a text's end, is left for the model to write.
     """
-    without, answered = (conversations(tokenizer, questions, [answer] * len(questions), prompt)
-                         for answer in (None, MARK))
-    front = front_of(tokenizer, prompt)
-    without = encode(tokenizer, [text.rstrip(" ") for text in without], front)
-    return [common_prefix(pair) for pair in zip(without, encode(tokenizer, answered, front))]
+    without = conversations(tokenizer, questions, [None] * len(questions), prompt)
+    answered = conversations(tokenizer, questions, [MARK] * len(questions), prompt)
+    without, front = [text.rstrip(" ") for text in without], front_of(tokenizer, prompt)
+    pairs = zip(encode(tokenizer, without, front), encode(tokenizer, answered, front))
+    return [common_prefix(pair) for pair in pairs]
 
 
 def encode_answers(tokenizer, questions, answers, prompt, where=None):
@@ -78,7 +75,7 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
 
     The end is the EOS, or in a chat the end of the assistant's turn as the template writes it.
     Answer tokens are those after the longest common prefix with the tokenized prompt: a token that
-    reaches over the boundary is the answer's. Raises InputError as encode_prompts does.
+    reaches over the boundary is the answer's. InputError if the chat template is unusable.
     """
     texts = conversations(tokenizer, questions, answers, prompt, where)
     whole = encode(tokenizer, texts, front_of(tokenizer, prompt))
@@ -86,7 +83,7 @@ def encode_answers(tokenizer, questions, answers, prompt, where=None):
     end = [] if template_of(tokenizer, prompt) == "chat" else [tokenizer.eos_token_id]
     # nothing predicts a text's first token, so that it is no answer's
     return [Example(ids + end, max(1, len(common_prefix([ids, before]))), place)
-            for ids, before, place in zip(whole, prompts, where or repeat(""))]
+            for ids, before, place in zip(whole, prompts, where or [""] * len(questions))]
 
 
 def conversations(tokenizer, questions, answers, prompt, where=None):
@@ -94,8 +91,8 @@ def conversations(tokenizer, questions, answers, prompt, where=None):
     template = template_of(tokenizer, prompt)
     if template == "chat":
         check_chat(tokenizer, prompt)
-        return [chat(tokenizer, q, a, prompt, place)
-                for q, a, place in zip(questions, answers, where or repeat("--template chat"))]
+        where = where or ["--template chat"] * len(questions)
+        return [chat(tokenizer, *pair, prompt) for pair in zip(questions, answers, where)]
     for name in ("system", "date"):
         require(not getattr(prompt, name), f"--{name}: only a chat template has a place for it")
     text = TEMPLATES.get(template, template).replace("\\n", "\n")  # two characters in a shell
@@ -124,9 +121,9 @@ def front_of(tokenizer, prompt=None):
 # Chats. The template writes the answer too, since formats differ in what stands around it: a blank
 # or an empty think block before, a token of their own at the end, text after the turn.
 
-def chat(tokenizer, question, answer, prompt, place):
+def chat(tokenizer, question, answer, place, prompt):
     """The conversation up to the end of the assistant's turn; without an answer, up to where every
-    answer begins.
+    answer begins (not the generation prompt, which may have other text).
 
     The end is the last special token that is printed both when another turn follows and when none
     does; if there is none, the first special token (GPT-OSS ends its last turn in another way); if
@@ -134,15 +131,13 @@ def chat(tokenizer, question, answer, prompt, place):
     """
     with blame(place, "the tokenizer's chat template fails"):
         before, _, after = render(tokenizer, question, MARK, prompt).rpartition(MARK)
-        require(question.strip() in before, f"{place}: the tokenizer's chat template does not "
-                "print this question as it is, before the answer; try --template plain")
-        if answer is None:  # not the generation prompt, which may have other text
-            return before
-        text = render(tokenizer, question, answer, prompt)
+        text = render(tokenizer, question, answer, prompt) if answer else before + after
     printed = text[len(before):len(text) - len(after)]  # a template may strip it, but no more
-    whole = text == before + printed + after and printed.strip() == answer.strip()
-    require(whole, f"{place}: the tokenizer's chat template does not print this answer as it is; "
-            "try --template plain")
+    whole = text == before + printed + after and printed.strip() == (answer or "").strip()
+    require(whole and question.strip() in before, f"{place}: the tokenizer's chat template does "
+            "not print this question and answer as they are; try --template plain")
+    if not answer:
+        return before
     followed = ""
     with contextlib.suppress(Exception):  # a template may know one turn only
         followed = render(tokenizer, question, MARK, prompt, more=True).rpartition(MARK)[2]
@@ -166,31 +161,28 @@ def special_ends(tokenizer, text):
 TODAY = "{% macro strftime_now(form) %}{{ fixed_date }}{% endmacro %}\n"
 
 
-def render(tokenizer, question, answer, prompt, more=False, **variables):
-    """What the tokenizer's chat template prints; `more`: with another question after the answer."""
+def render(tokenizer, question, answer, prompt, more=False):
+    """What the chat template prints (`more`: a second question, too), MARK as a date not given."""
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if more:
         messages.append({"role": "user", "content": "?"})
-    if prompt.date:
-        variables = {"date_string": prompt.date, "fixed_date": prompt.date}
+    given = {"date_string": prompt.date} if prompt.date else {}
     return tokenizer.apply_chat_template(
-        messages, chat_template=(TODAY if variables else "") + tokenizer.chat_template,
-        tokenize=False, enable_thinking=False, **variables)
+        messages, chat_template=TODAY + tokenizer.chat_template, tokenize=False,
+        enable_thinking=False, fixed_date=prompt.date or MARK, **given)
 
 
 def check_chat(tokenizer, prompt):
     """Raise InputError unless the template works, prints --system, --date, and no date of today."""
-    def prints_mark(system, date, **variables):
-        return MARK in render(tokenizer, "?", "!", Prompt("chat", system, date), **variables)
-
     require(tokenizer.chat_template, "--template chat: the tokenizer has none; leave it out")
-    with blame("--system", "the chat template refuses it"):
-        placed = not prompt.system or prints_mark(MARK, prompt.date)
-    require(placed, "--system: the chat template has no place for it")
+    if prompt.system:
+        with blame("--system", "the chat template refuses it"):
+            text = render(tokenizer, "?", "!", replace(prompt, system=MARK))
+        require(MARK in text, "--system: the chat template has no place for it")
     with blame("--template chat", "the tokenizer's template fails, try --template plain"):
-        # Whether it prints a date: the one that it is given, or else today's.
-        dated = prints_mark(prompt.system, MARK if prompt.date else None, fixed_date=MARK)
+        text = render(tokenizer, "?", "!", replace(prompt, date=prompt.date and MARK))
+    dated = MARK in text  # the date that it is given, or else today's
     require(prompt.date or not dated, "--date is needed: the chat template prints today's, so that "
             "tomorrow's prompts would be others; for example --date '26 Jul 2024'")
     require(dated or not prompt.date, "--date: the chat template prints none")

@@ -64,15 +64,15 @@ KINDS = {
     "Lfm2ForCausalLM": dict(layer_types=["conv", "full_attention"]),
 }
 REFUSED = {
-    "BertLMHeadModel": ({}, "looks at later tokens"),
+    "BertLMHeadModel": ({}, "is not a causal"),
     "RecurrentGemmaForCausalLM": (  # a soft cap by another name
         dict(lru_width=32, head_dim=8, attention_window_size=8,
              block_types=["recurrent", "attention"]), "head_logits does not know how"),
     "RwkvForCausalLM": (  # its state takes padding for text
-        dict(attention_hidden_size=32, context_length=128), "gives other logits from its cache"),
+        dict(attention_hidden_size=32, context_length=128), "cannot be trusted"),
     "Qwen3NextForCausalLM": (  # without a layer of full attention: generate raises
         dict(head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-             linear_value_head_dim=8, **EXPERTS), "cannot generate"),
+             linear_value_head_dim=8, **EXPERTS), "cannot be trusted"),
     "Llama4ForCausalLM": (  # get_decoder is the whole model
         dict(head_dim=8, intermediate_size_mlp=48, **EXPERTS), "cannot be used"),
 }

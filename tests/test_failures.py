@@ -273,16 +273,6 @@ def sharded_and_single(folder):
     (folder / "model.safetensors").write_bytes(weights)
 
 
-def stored_as(dtype):
-    """One weight cast to a dtype that cannot hold it without a scale."""
-    def spoil(folder):
-        state = load_file(folder / "model.safetensors")
-        name = "model.layers.1.mlp.up_proj.weight"
-        state[name] = (state[name] * 100).to(dtype)
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return spoil
-
-
 def without_a_norm(folder):
     state = load_file(folder / "model.safetensors")
     del state["model.norm.weight"]
@@ -322,21 +312,17 @@ BAD_MODELS = {  # what is done to a sound folder, words after its name
     "a pointer": (written("model.safetensors", POINTER), "*Git LFS"),
     "a pickle": (pickled, "*pytorch_model.bin"),
     "cut off": (cut("model.safetensors", 5000), "*cannot be loaded"),
-    "one is missing": (without_a_norm, "*missing"),
-    "too many": (config(num_hidden_layers=1), "*config.json has no place for 9"),
-    "of another shape": (config(hidden_size=64), "*weight"),
+    "one is missing": (without_a_norm, "*1 weights *model.norm.weight"),
+    "too many": (config(num_hidden_layers=1), "*9 weights*layers.1"),
+    "of another shape": (config(hidden_size=64), "*weights are missing, of another shape"),
     "a shard outside": (sharded("../model/model.safetensors"), "*'../model/model.safetensors'"),
     "a shard that is a pickle": (sharded("weights.bin"), "*'weights.bin'"),
-    "shards beside a single file": (sharded_and_single, "*its shards lie beside a model.safe"),
-    "int8": (stored_as(torch.int8), "*up_proj.weight is I8, quantized"),
-    "fp8": (stored_as(torch.float8_e4m3fn), "*up_proj.weight is F8_E4M3, quantized"),
+    "shards beside a single file": (sharded_and_single, "*its shards *'model.safetensors'"),
     "an adapter on top": (written("adapter_config.json", b"{}"), "*adapter"),
     # config
     "no config": (without("config.json"), "*config.json"),
     "unknown kind": (config(model_type="perceptron"), "*config.json"),
     "encoder": (encoder, "*not a causal"),
-    "no room": (config(max_position_embeddings=-1), "*max_position_embeddings -1 "),
-    "no room at all": (config(max_position_embeddings=0), "*max_position_embeddings 0 "),
     "remote code": (remote_code(), "*config.json"),
     # tokenizer
     "remote tokenizer": (remote_code("llama", "EvilTokenizer"), "*tokenizer"),

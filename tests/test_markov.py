@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from data.load import collate, load_examples
 from data.support.data_files import check_disjoint
-from data.support.models import load_config, load_tokenizer
+from data.support.models import load_tokenizer
 from studies import common, make_markov, markov
 from studies.markov import divergence, state_logps
 
@@ -86,7 +86,8 @@ def test_command_writes_the_same_bytes(folder, tmp_path):
 
 
 def test_model_and_tokenizer(folder):
-    tokenizer, config = load_tokenizer(folder / "model"), load_config(folder / "model")
+    tokenizer = load_tokenizer(folder / "model")
+    config = AutoConfig.from_pretrained(folder / "model")
     assert len(tokenizer) == config.vocab_size == 12
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert (config.bos_token_id, config.eos_token_id) == (0, 1)
@@ -127,7 +128,8 @@ def test_divergence_of_the_true_probabilities_is_zero(folder, chain):
 @pytest.fixture
 def far_from_uniform(folder):
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(load_config(folder / "model")).double().eval()
+    config = AutoConfig.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(5)
     return model

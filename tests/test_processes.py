@@ -557,5 +557,5 @@ def test_a_hub_that_never_answers(world, tmp_path):
         finally:
             for process in started:
                 process.kill()
-    for process, line, place in zip(started, said, ("tiny/none: its commit", "--max-length 999: ")):
+    for process, line, place in zip(started, said, ("tiny/none: no such", "--max-length 999: ")):
         assert_one_line((process.returncode, line), 2, place)
