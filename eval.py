@@ -571,7 +571,10 @@ def main(argv=None):
     columns = {}
     for name, entry in entries.items():
         counts = {f"records of {split}": len(kept) for split, kept in entry["values"].items()}
-        columns[name] = metrics(entry["values"], retrained) | entry.get("rows", {}) | counts
+        column = metrics(entry["values"], retrained) | counts
+        for row, value in entry.get("rows", {}).items():  # what an official log says itself
+            column[row] = value if isinstance(column.get(row, ""), str) else column[row]
+        columns[name] = column
     distributed.say(evaluations.format_table(columns))
     for entry in entries.values():
         if "unsaved" in entry:

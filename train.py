@@ -208,10 +208,10 @@ def main(argv=None):
         while True:  # here `step` steps are done
             if step in epochs and (step > start or not start):  # else the log has it
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
-            if step > start and run_folder.is_due(args.snapshots, step, epochs):
+            if step > start and is_due(args.snapshots, step, epochs):
                 models.save_model(state.model.lm, empty, files, args.output / f"step-{step:06d}")
             stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
-            due = step < total and run_folder.is_due(args.save_every, step, epochs)
+            due = step < total and is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
                 run_folder.save_checkpoint(state, args.output, step)
             if stop:
@@ -264,6 +264,13 @@ def load_data(args):
                       if path else [] for path in (args.forget, args.retain))
     check_disjoint(forget, retain)
     return forget, retain, models.check_savable(source, skeleton)
+
+
+def is_due(interval, step, epochs):
+    """Whether something done every so many steps, or epochs, is done after this step."""
+    count, in_epochs = interval
+    done = epochs.get(step) if in_epochs else step
+    return bool(count and done) and done % count == 0
 
 
 # The pieces of a step. Data order is a function of (seed, step): a resumed run needs no more.

@@ -754,7 +754,7 @@ def test_official_log_is_completed(pair, tofu, tmp_path):
 
 
 def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, capsys):
-    """What is computed here, and under its own names what the file says."""
+    """What is computed here, and in the same rows or under its own names what the file says."""
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
     values = numbers(pair[0])
     metrics = evaluation.tofu_metrics(values, None)
@@ -765,9 +765,11 @@ def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, 
     table = table_of(capsys.readouterr().out)
     shown = {row: float(cell) for row, (cell,) in table.items() if row and "[" not in cell}
     want = {row: metrics[row] for row in (
-        "forget truth ratio", "forget knowledge score", "forget/holdout AUC")}
-    want |= {name: part["agg_value"] for name, part in log.items() if part["agg_value"] is not None}
-    want |= {"records of forget": 12, "records of holdout": 12}
+        "forget truth ratio", "forget knowledge score", "forget/holdout AUC", "model utility",
+        "forget probability", "forget ROUGE-L recall", "retain truth ratio")}
+    want |= {"extraction_strength": metrics["forget extraction strength"], "mia_loss": 0.75,
+             "mia_min_k": 1 - metrics["forget/holdout AUC"], "forget quality (KS p)": 0.25,
+             "forget PrivLeak": -12.5, "records of forget": 12, "records of holdout": 12}
     assert shown == pytest.approx(want, abs=1e-5)
 
 

@@ -73,14 +73,13 @@ def read_text(path):
     with blame(path, "cannot be read"):
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     require(not POINTER.match(data), f"{path}:1: {POINTER_SAYS}")
-    other = FOREIGN.match(data)
-    require(not other, f"{path}:1: {other and other.lastgroup}, not text; {CONVERT}")
     try:
         text, end = data.decode().replace("\r\n", "\n"), data.find(b"\0")
     except UnicodeDecodeError as e:
         end = e.start
     line = data.count(b"\n", 0, end) + 1
-    require(end < 0, f"{path}:{line}: byte {end} is not of a text in UTF-8; {CONVERT}")
+    require(end < 0, f"{path}:{line}: byte {end} is not UTF-8 text, as in parquet, Excel or "
+            f"compressed files; {CONVERT}")
     return text
 
 
@@ -88,9 +87,6 @@ CONVERT = "data/README.md has the formats, and how to convert others"
 # What a clone holds in place of large files
 POINTER = re.compile(rb"version https://git-lfs|\S*/annex/objects/\S+\s*$")
 POINTER_SAYS = "a Git LFS or git-annex pointer, not the file itself; fetch that"
-FOREIGN = re.compile(  # how files of other formats begin
-    rb"(?P<parquet>PAR1)|(?P<Arrow>ARROW1|\xff{4})|(?P<PDF>%PDF)|(?P<Excel>\xd0\xcf)|"
-    rb"(?P<compressed>\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|PK\x03\x04)")
 
 
 def json_values(path, text):

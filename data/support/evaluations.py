@@ -24,6 +24,13 @@ TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
              "world_facts": "eval_real_world_wo_options.json"}
 TOFU_COLUMNS = {"nll": "avg_gt_loss", "paraphrased_nll": "avg_paraphrased_loss",
                 "perturbed_nll": "average_perturb_loss", "rouge_l_recall": "rougeL_recall"}
+OPEN_UNLEARNING = {  # what its rows, and parts of their names, are called in eval.py
+    "forget_quality": "forget quality (KS p)", "model_utility": "model utility",
+    "privleak": "forget PrivLeak", "exact_memorization": "forget exact memorization",
+    "forget_": "forget ", "retain_": "retain ", "ra_": "real authors ", "wf_": "world facts ",
+    "Q_A_Prob_normalised": "probability", "Q_A_Prob": "probability", "Truth_Ratio": "truth ratio",
+    "Q_A_PARA_Prob": "paraphrase probability", "Q_A_ROUGE": "ROUGE-L recall",
+    "truth_ratio": "truth ratio"}
 
 
 def collect(models, reference, data, measure, read, options):
@@ -162,7 +169,7 @@ def tofu_log(log):
 
 def open_unlearning_log(log):
     """OpenUnlearning's TOFU_EVAL.json. Its values are what eval.py can compute with: R (1/R there),
-    Min-40% scores, answers. Its rows, under its own names, are all that it says itself."""
+    Min-40% scores, answers. Its rows are all that it says itself."""
     def column(part, field):
         return numbered(part.get("value_by_index") or {}, field)
 
@@ -171,9 +178,14 @@ def open_unlearning_log(log):
     forget = {"truth_ratio": ratios, "min_k": column(attack.get("forget", {}), "score"),
               "answer": column(log.get("forget_Q_A_ROUGE", {}), "ground_truth")}
     holdout = {"min_k": column(attack.get("holdout", {}), "score")}
+    rows = {}
+    for name, part in log.items():
+        if isinstance(part.get("agg_value"), (int, float)):
+            for theirs, ours in OPEN_UNLEARNING.items():
+                name = name.replace(theirs, ours)
+            rows[name] = part["agg_value"]
     return {"values": {"forget": records_of(forget), "holdout": records_of(holdout)},
-            "rows": {name: part["agg_value"] for name, part in log.items()
-                     if isinstance(part.get("agg_value"), (int, float))}}
+            "rows": rows}
 
 
 def numbered(column, field=None):

@@ -171,13 +171,6 @@ def session(args, settings, start, total):
                        f"on from {newest}") from None
 
 
-def is_due(interval, step, epochs):
-    """Whether something done every so many steps, or epochs, is done after this step."""
-    count, in_epochs = interval
-    done = epochs.get(step) if in_epochs else step
-    return bool(count and done) and done % count == 0
-
-
 def stopped(caught, step, total):
     """Print that the run has stopped after a signal; the exit status."""
     distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
