@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
                        front_of, length_batches, to_examples)
-from data.support import distributed, evaluations, miniature
+from data import make_mini_models as miniature
+from data.support import distributed, evaluations
 from data.support.data_files import muse_records, require_fit, tofu_records
 from data.support.distributed import progress, spread
 from data.support.errors import (Failure, Parser, blame, nonempty, number, one_line_errors,

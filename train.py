@@ -22,7 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from data.load import Prompt, collate, length_batches, load_examples
-from data.support import distributed, miniature, models, run_folder
+from data import make_mini_models as miniature
+from data.support import distributed, models, run_folder
 from data.support.data_files import check_disjoint, find, retain_beside
 from data.support.errors import (Parser, blame, interval, nonempty, number, one_line_errors,
                                  require)

@@ -28,7 +28,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig,
 import eval as evaluation
 import train
 from data.load import Example
-from data.support import miniature
+from data import make_mini_models as miniature
 from data.support.evaluations import TOFU_LOGS, read_results
 
 SHARED = ROOT.parent / "shared"

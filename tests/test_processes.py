@@ -24,7 +24,8 @@ from conftest import (ROOT, SERVER, be_rank, end_of, free_port, log, run, start,
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
-from data.support import distributed, evaluations, miniature, run_folder
+from data import make_mini_models as miniature
+from data.support import distributed, evaluations, run_folder
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")

@@ -127,11 +127,11 @@ def gathered(tensors):
     """
     kept = {}
     for name, tensor in tensors:
-        if any_rank(not local(tensor).isfinite().all(), tensor.device):
+        tensor = whole(tensor).detach()
+        if not tensor.isfinite().all():
             raise FloatingPointError(f"a weight of {name}")
-        tensor = whole(tensor)
         if first():
-            kept[name] = tensor.detach().cpu().contiguous()
+            kept[name] = tensor.cpu().contiguous()
     return kept
 
 

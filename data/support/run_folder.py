@@ -187,8 +187,8 @@ def finish(output):
         changes = [f"{name.removesuffix('_prob')} {first[name]:.3f} -> {last[name]:.3f}"
                    for name in first if name.endswith("_prob")]
         skipped = sum("skipped" in record for record in records)
-        distributed.say(f"{output}: answer probability {', '.join(changes)}"
-                        + f"; fp16 skipped {skipped} steps" * bool(skipped))
+        note = f"; fp16 skipped {skipped} steps" if skipped else ""
+        distributed.say(f"{output}: answer probability {', '.join(changes)}{note}")
 
 
 # Checkpoints
@@ -227,8 +227,7 @@ def load_checkpoint(state, output, step):
         key, _, parameter = name.partition(".")
         p = parameters[parameter]
         if key == "weight":
-            weight = distributed.placed(saved.pop(name, None), p)
-            distributed.local(p).copy_(distributed.local(weight))
+            p.copy_(distributed.placed(saved.pop(name, None), p))
         elif key == "step":
             state.optimizer.state[p][key] = distributed.from_first(saved.get(name)).to(p.device)
         else:

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
 from data import make_mini  # noqa: E402
-from data.support import distributed, miniature, evaluations  # noqa: E402
+from data import make_mini_models as miniature  # noqa: E402
+from data.support import distributed, evaluations  # noqa: E402
 from data.support.data_files import read_records  # noqa: E402
 
 

@@ -1,21 +1,29 @@
-"""The built-in miniature's models, made by train.py when they are first needed: runs/base,
-runs/target, runs/retainNN."""
+"""Make the built-in miniature's models: runs/base (general knowledge), runs/target (base, then all
+people) and runs/retainNN (base, then those whom forget(100-NN) leaves out).
+
+    python data/make_mini_models.py target retain95
+
+train.py and eval.py make one that they need and do not find.
+"""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ..load import load_examples
-from .data_files import find
-from .distributed import say
-from .errors import require
-from .models import load_tokenizer
-from .run_folder import digest, is_finished
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.load import load_examples
+from data.support.data_files import find
+from data.support.distributed import say
+from data.support.errors import caught_signals, one_line_errors, require
+from data.support.models import load_tokenizer
+from data.support.run_folder import digest, is_finished
 
-DATA = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent
 TRAIN = DATA.parent / "train.py"
 TOKENIZER = str(DATA / "mini_model")  # of all the miniature's models
 BASE_MODEL, TARGET_MODEL = "runs/base", "runs/target"
@@ -31,7 +39,8 @@ def start_model(args):
     require(is_builtin(path), f"--model is needed for {path}: the built-in model knows only the "
             "built-in data")
     model, defaults = (TARGET_MODEL, UNLEARN) if args.forget else (BASE_MODEL, FINETUNE)
-    say(f"Built-in miniature benchmark: {model} (a real model: --model), defaults {defaults}")
+    flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in defaults.items())
+    say(f"Built-in miniature: {model}; unless given: {flags} (a real model: --model)")
     return model, defaults
 
 
@@ -53,8 +62,8 @@ def target_and_retrained(forget):
 
 
 def make(folder):
-    """Train runs/base (general knowledge), runs/target or runs/retainNN (base, then the data),
-    unless it is there. A failure ends this process, too, with the same status."""
+    """Train runs/base, runs/target or runs/retainNN unless it is there. Raises InputError if it was
+    made from other data; a failure ends this process with the status of the one that trains."""
     data, settings = DATA / {"target": "full"}.get(folder.name, folder.name), folder / "args.json"
     if is_finished(folder):
         if settings.is_file():
@@ -67,6 +76,18 @@ def make(folder):
     if folder.name == "base":
         command += ["--init", TOKENIZER, *(f"--{name}={value}" for name, value in BASE.items())]
     say(f"Making {folder} first, once (data/{data.name})")
-    status = subprocess.run([*map(str, command)]).returncode
+    with caught_signals(signal.SIGINT):  # Ctrl-C reaches the child, too, which saves
+        status = subprocess.run([*map(str, command)]).returncode
     if status:
         sys.exit(status if status > 0 else 128 - status)
+
+
+@one_line_errors
+def main(argv=None):
+    for name in argv or sys.argv[1:]:
+        make(Path("runs", name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
