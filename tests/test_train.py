@@ -544,7 +544,8 @@ RUNS = {
 
 
 def lora(model, args):
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+                        modules_to_save=["lm_head"])
     return get_peft_model(model, config)
 
 

@@ -94,7 +94,8 @@ def load_skeleton(path, weights=True):
         name = str((config.architectures or ["ForCausalLM"])[0])
         model = AutoModelForCausalLM.from_config(config, **SAFE)
     causal = name.endswith(("ForCausalLM", "LMHeadModel")) and not config.is_encoder_decoder
-    require(causal, f"{path}: config.json: {name} is not a causal (left-to-right) language model")
+    require(causal, f"{path}: config.json: {name} is not a causal (left-to-right) model of "
+            "text alone")
     tokenizer, size = load_tokenizer(path), vocabulary(model)
     require(tokenizer.eos_token_id < size, f"{path}: the EOS is token {tokenizer.eos_token_id}, "
             f"the model's embedding has only {size}; they do not belong together")
@@ -140,6 +141,7 @@ def check_folder(path, weights):
         held = {name for name in files if name.endswith(".safetensors")}
         index = files.get("model.safetensors.index.json")
         shards = {*json.loads(index.read_bytes())["weight_map"].values()} if index else held
+    require("config.json" in files, f"{path}: no config.json: no model, or one that is half made")
     # transformers would put an adapter on top of weights that may hold it already
     require("adapter_config.json" not in files, f"{path}: holds an adapter (adapter_config.json); "
             "save the model with it merged elsewhere, or move it away if that was done")
@@ -232,7 +234,7 @@ def own_files(path):
 def check_savable(path, model):
     """{name: content} of the files that unlearning does not change: configs and tokenizer."""
     require(not getattr(model.config, "quantization_config", None), f"{path}: its weights are "
-            "quantized; dequantize it and remove quantization_config, which would not be true")
+            "quantized, which training and saving would undo; start from a model that is not")
     return {file.name: file.read_bytes() for file in own_files(path)}
 
 
