@@ -11,6 +11,7 @@ of a step, the model and its optimizer.
 import data.support  # first: it sets what OpenMP reads while torch loads
 
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -216,7 +217,8 @@ def main(argv=None):
             if step > start and (stop or due):
                 run_folder.save_checkpoint(state, args.output, step)
             if stop:
-                return run_folder.stopped(caught, step, total)
+                distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
+                return 128 + (caught or [signal.SIGTERM])[0]  # the status that shells give it
             if step == total:
                 break
 

@@ -195,10 +195,10 @@ def test_what_is_saved_is_what_was_trained(kind, tied, tmp_path, monkeypatch):
         models.append(model)
         return model
 
-    def watch(state, files, folder):
+    def watch(model, empty, files, folder):
         with torch.no_grad():
-            logits.append((folder, state.model.lm.eval()(ids).logits))
-        save(state, files, folder)
+            logits.append((folder, model.eval()(ids).logits))
+        save(model, empty, files, folder)
 
     monkeypatch.setattr(train, "adapt", adapt)
     monkeypatch.setattr(train.models, "save_model", watch)

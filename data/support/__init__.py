@@ -16,5 +16,3 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # oneDNN, which computes bf16 on a CPU, keeps what it made for each shape. With its default of 1,024
 # memory grows for hundreds of steps, as batches have shapes of their own (tests/BENCH.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-# huggingface_hub's warnings of each try; why a model cannot be had is said once, by InputError.
-os.environ.setdefault("HF_HUB_VERBOSITY", "critical")

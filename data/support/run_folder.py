@@ -171,12 +171,6 @@ def session(args, settings, start, total):
                        f"on from {newest}") from None
 
 
-def stopped(caught, step, total):
-    """Print that the run has stopped after a signal; the exit status."""
-    distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
-    return 128 + (caught or [signal.SIGTERM])[0]
-
-
 def finish(output):
     """Remove the checkpoints of a run whose model is saved, and print what came of it."""
     if distributed.first():
