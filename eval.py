@@ -7,7 +7,7 @@
 MODEL is a folder or hub name of a causal model, an eval.json written here, TOFU's
 eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json. Every per-example value, the generated
 texts included, is kept in an eval.json in the model's folder (for a hub name in runs/) and not
-measured again. On the built-in data the target and the retrained model are shown unasked.
+measured again. On the built-in data, without --reference, target and retrained model are shown.
 """
 
 import data.support  # first: it sets what OpenMP reads while torch loads
@@ -27,11 +27,11 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, find,
-                       front_of, length_batches, to_examples)
+from data.load import (Example, Prompt, collate, encode, encode_answers, encode_prompts, front_of,
+                       length_batches, to_examples)
 from data import make_mini_models as miniature
 from data.support import distributed, evaluations
-from data.support.data_files import muse_records, require_fit, tofu_records
+from data.support.data_files import find, muse_records, require_fit, tofu_records
 from data.support.distributed import progress, spread
 from data.support.errors import (Failure, Parser, blame, nonempty, number, one_line_errors,
                                  require)
@@ -104,8 +104,8 @@ def auroc(positives, negatives):
 
 
 def truth_ratio(true_nll, false_nlls):
-    """TOFU's R = exp(mean of the false answers' nll - nll of the true one, paraphrased where there
-    is a paraphrase), nll per token, in nats.
+    """TOFU's R = exp(mean nll of the false answers - nll of the true answer's paraphrase, or of the
+    true answer where there is none), nll per token, in nats.
 
     Above 1 where the model prefers the truth. The paper has the arithmetic mean of the false
     answers' probabilities and the inverse ratio; the official aggregate_eval_stat and
@@ -115,10 +115,10 @@ def truth_ratio(true_nll, false_nlls):
     return math.exp(max(-709.0, min(sum(false_nlls) / len(false_nlls) - float(true_nll), 709.0)))
 
 
-def forget_quality(r_model, r_reference):
+def forget_quality(r_model, r_retrained):
     """TOFU's forget quality: KS p-value between the truth ratios R of a model and of the retrained
     model on the forget set. Near 1: they cannot be told apart; near 0: they can."""
-    return ks_two_sample(r_model, r_reference)[1]
+    return ks_two_sample(r_model, r_retrained)[1]
 
 
 def model_utility(parts):
@@ -128,16 +128,16 @@ def model_utility(parts):
 
 
 def extraction_strength(right):
-    """1 - k/|y| for the smallest k such that the argmax gets all tokens from index k on right; 0 if
-    even the last is wrong (Carlini et al. 2021), where OpenUnlearning's loop gives 1/|y|."""
+    """1 - k/|y| for the smallest k such that the argmax gets every token from index k on; 0 if not
+    even the last (Carlini et al. 2021), where OpenUnlearning's loop gives 1/|y|."""
     wrong = [i for i, x in enumerate(right) if not x]
     return 1 - (wrong[-1] + 1) / len(right) if wrong else 1.0
 
 
-def min_k(scores, share=0.4, least=0):
+def min_k(scores, least=0):
     """Minus the mean of the lowest 40% of a text's token scores, of `least` tokens at least: Min-K%
     (Shi et al. 2023) of log-probabilities, Min-K%++ (Zhang et al. 2024) of standardized ones."""
-    lowest = sorted(map(float, scores))[:max(least, int(len(scores) * share))]
+    lowest = sorted(map(float, scores))[:max(least, int(len(scores) * 0.4))]
     return -sum(lowest) / len(lowest) if lowest else math.nan
 
 
@@ -151,9 +151,8 @@ def privleak(auc, auc_retrain):
 def leak_at_k(scores, k):
     """Expected best score of k draws without replacement from a question's sampled answers: the
     j-th lowest of n is the best of C(j-1, k-1) of the C(n, k) choices."""
-    ordered = sorted(scores)
-    ways = sum(math.comb(j - 1, k - 1) * s for j, s in enumerate(ordered, 1))
-    return ways / math.comb(len(ordered), k)
+    choices = math.comb(len(scores), k)
+    return sum(math.comb(j - 1, k - 1) / choices * s for j, s in enumerate(sorted(scores), 1))
 
 
 # From a model's records to numbers, or to the reason why there is none
@@ -176,8 +175,7 @@ def field_of(values, split, field):
         raise Undefined("needs a retrained model: --reference")
     records = values.get(split)
     if not records or any(field not in record for record in records):
-        raise Undefined("its file does not hold this, or there is no holdout beside the forget set "
-                        "(forget05: holdout05)")
+        raise Undefined("not in its file, or no holdout beside the forget set (as holdout05)")
     kept = [record[field] for record in records]
     if None in kept:
         raise Undefined("not finite (NaN), no room in the model's context, or for ROUGE no a-z and "
@@ -186,6 +184,7 @@ def field_of(values, split, field):
 
 
 def mean(values, split, field, transform=float):
+    """Mean of a field over the records of a split, each transformed; Undefined as field_of."""
     kept = field_of(values, split, field)
     return math.fsum(map(transform, kept)) / len(kept)
 
@@ -264,7 +263,7 @@ def evaluate_tofu(model, tokenizer, data, options):
     prompt = Prompt(options.template, options.system, options.date)
     asked = [(split, r, answers_of(split, r)) for split, records in data.items() for r in records]
     questions, answers, where = zip(*((r["question"], answer, r["where"])
-                                      for _, r, answers in asked for answer in answers))
+                                      for _, r, its_answers in asked for answer in its_answers))
     examples = encode_answers(tokenizer, questions, answers, prompt, where)
     require_fit(examples, "the model's context of", context_length(model), vocabulary(model))
     scores = iter(spread(score_answers, model, examples, options.max_tokens))
@@ -279,7 +278,7 @@ def evaluate_tofu(model, tokenizer, data, options):
         return zip(map(tokenizer.decode, prompts), decode(tokenizer, new))
 
     greedy = continuations([split for split in data if split != "holdout"])
-    torch.manual_seed(distributed.rank())  # samples depend on batches and ranks nevertheless
+    torch.manual_seed(distributed.rank())  # repeatable only with the same batches and ranks
     drawn = continuations(["forget"], options.samples, sample=True)
     values = {split: [] for split in data}
     for split, record, answers in asked:
@@ -337,8 +336,8 @@ def tofu_values(split, nll, paraphrased_nll, perturbed_nlls):
         return nlls | dict.fromkeys(["probability", "paraphrased_probability", "truth_ratio"])
     probability = math.exp(-nll)
     if split in ("real_authors", "world_facts"):  # p / (p + sum of the false answers' p)
-        options = torch.tensor([nll, *perturbed_nlls], dtype=torch.float64)
-        probability = options.neg().softmax(0)[0].item()  # exact even if every p underflows
+        choices = torch.tensor([nll, *perturbed_nlls], dtype=torch.float64)
+        probability = choices.neg().softmax(0)[0].item()  # exact even if every p underflows
     return {**nlls, "probability": probability,
             "paraphrased_probability": math.exp(-paraphrased_nll),
             "truth_ratio": truth_ratio(paraphrased_nll, perturbed_nlls)}
@@ -414,10 +413,10 @@ TOFU_ROWS = {
 
 def tofu_metrics(values, retrained):
     """The column of one model: {row: number, or the reason why there is none}."""
-    forget, rows = values.get("forget") or [{}], dict(TOFU_ROWS)
-    drawn = len(forget[0].get("sampled", ()))
-    for k in sorted({1, 4, 16, 64, 256, drawn} - {0}):
-        if k <= drawn:
+    rows = dict(TOFU_ROWS)
+    count = len((values.get("forget") or [{}])[0].get("sampled", ()))
+    for k in sorted({1, 4, 16, 64, 256, count} - {0}):
+        if k <= count:
             rows[f"forget leak@{k}"] = mean_of("forget", "recalls", partial(leak_at_k, k=k))
     return {name: attempt(row, values, retrained) for name, row in rows.items()}
 
@@ -427,7 +426,7 @@ def tofu_metrics(values, retrained):
 def evaluate_muse(model, tokenizer, data, options):
     """Per-example values: {"verbmem", "knowmem_forget", "knowmem_retain", "privleak_forget",
     "privleak_holdout"}. `data` as from muse_records."""
-    front = front_of(tokenizer)  # training's BOS; trailing blanks of prompts are kept
+    front = front_of(tokenizer)  # as in training; trailing blanks of prompts are kept
 
     def continuations(prompts, max_new_tokens):
         new = spread(generate, model, encode(tokenizer, prompts, front), tokenizer, max_new_tokens,
@@ -438,8 +437,8 @@ def evaluate_muse(model, tokenizer, data, options):
         return spread(score_answers, model, examples, options.max_tokens)
 
     values, records = {}, data["verbmem/forget"]
-    wanted = [ids[:128] for ids in encode(tokenizer, [r["gt"] for r in records], front)]
     # The official cut counts the BOS.
+    wanted = [ids[:128] for ids in encode(tokenizer, [r["gt"] for r in records], front)]
     wanted = decode(tokenizer, wanted, clean_up_tokenization_spaces=True)
     texts = continuations([r["prompt"] for r in records], 128)
     values["verbmem"] = [muse_record(r["prompt"], answer, text) for r, answer, text in zip(
@@ -517,25 +516,25 @@ def quantize(model, bits):
 
 def arguments(argv):
     """Parse and check the flags; return them with every default filled in."""
-    parser, positive = Parser(__doc__), number(int, low=1)
+    parser, count = Parser(__doc__), number(int, low=1)
     a = parser.add_argument
     a("models", nargs="+", type=nonempty, metavar="MODEL", help="folder, hub name, file of results")
     a("--forget", type=nonempty, help="TOFU: the forget set; its evaluation files lie beside it")
     a("--muse", type=nonempty, metavar="FOLDER", help="MUSE: it has verbmem, knowmem and privleak")
-    a("--reference", type=nonempty, help="the model trained without the forget set, as MODEL; for "
-      "--muse also its AUC (default: the published one for a folder named news or books)")
-    a("--template", help="chat, llama2, plain, or a text with {question}; as in training")
-    a("--system", help="system message of the chat; as in training")
-    a("--date", help="date of the chat template; as in training")
-    a("--limit", type=positive, default=300, help="first records of a split; default 300: official")
-    a("--max-new-tokens", type=positive, default=200, help="longest TOFU continuation; default 200")
+    a("--reference", type=nonempty, help="the retrained model (made without the forget set), as "
+      "MODEL; for --muse also its AUC (default: the published one in a folder named news or books)")
+    a("--template", help="TOFU: chat, llama2, plain or a text with {question}, as in training")
+    a("--system", help="TOFU: system message of the chat, as in training")
+    a("--date", help="TOFU: date of the chat template, as in training")
+    a("--limit", type=count, default=300, help="TOFU: records of a split; default 300 (official)")
+    a("--max-new-tokens", type=count, default=200, help="longest TOFU continuation; default 200")
     a("--quantize", type=int, nargs="+", default=[], choices=range(2, 9), metavar="BITS",
       help="evaluate each model with its weights rounded, too: for example 8 4")
-    a("--samples", type=positive, default=0, metavar="N", help="sample N answers a forget question")
+    a("--samples", type=count, default=0, metavar="N", help="sample N answers a forget question")
     a("--dtype", choices=list(DTYPES), help="of the weights; default fp32, on a GPU bf16 "
       "(official); only fp32 results are independent of the batch size")
-    a("--batch-size", type=positive, default=64, help="prompts continued at once; default 64")
-    a("--max-tokens", type=positive, help="tokens scored at once; default 4096, on a GPU 16384")
+    a("--batch-size", type=count, default=64, help="prompts continued at once; default 64")
+    a("--max-tokens", type=count, help="tokens scored at once; default 4096, on a GPU 16384")
     a("--device", default=distributed.DEVICE, help="default: a GPU if there is one, else cpu")
     a("--force", action="store_true", help="evaluate again even if eval.json has the results")
     options = parser.parse_args(argv)
@@ -573,9 +572,9 @@ def main(argv=None):
     for name, entry in entries.items():
         counts = {f"records of {split}": len(kept) for split, kept in entry["values"].items()}
         column = metrics(entry["values"], retrained) | counts
-        for row, value in entry.get("rows", {}).items():  # what an official log says itself
-            column[row] = value if isinstance(column.get(row, ""), str) else column[row]
-        columns[name] = column
+        said = {row: value for row, value in entry.get("rows", {}).items()  # an official log's own
+                if isinstance(column.get(row, "none"), str)}
+        columns[name] = column | said
     distributed.say(evaluations.format_table(columns))
     for entry in entries.values():
         if "unsaved" in entry:

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100
 
 
-# The losses: pure functions of the log-probabilities of whole answers. Coming from other code: the
-# official g and OpenUnlearning's delta are gamma/beta here; OpenUnlearning's gamma weighs forget.
+# The losses: pure functions of the log-probabilities of whole answers. In other codes' terms: the
+# official g and OpenUnlearning's delta are gamma/beta; its gamma is the weight of the forget term.
 
 def simnpo_loss(logps, lengths, beta, gamma=0.0):
     """SimNPO, one value a sequence (arXiv 2410.07163, eq. 4): (B,), (B,) -> (B,); take the mean.
@@ -97,8 +97,8 @@ def sum_answers(values, labels):
 
 
 def answer_token_logps(model, input_ids, labels, per_token=token_logps):
-    """Log-probability of every answer token: (B,T), (B,T) -> (N,), sequence after sequence.
-    `per_token`: another function of logits and targets, (N,V), (N,) -> (N,)."""
+    """Log-probability of every answer token, or what else `per_token` makes of logits (N,V) and
+    targets (N,): (B,T), (B,T) -> (N,), sequence after sequence."""
     def chunk_values(head, hidden, targets):
         return per_token(head_logits(model, hidden, head), targets)
 
@@ -115,7 +115,7 @@ def answer_hidden(model, input_ids, labels):
 def head_logits(model, hidden, head=None):
     """The model's own logits of hidden states, scaling and soft-capping included: (N,H) -> (N,V).
 
-    `head` stands for the model's output embeddings where `chunked` gathers their gradient.
+    `head` is called in place of the model's output embeddings, by `chunked`.
     """
     own, config = model.get_output_embeddings(), model.config.get_text_config()
     if not torch.is_autocast_enabled(hidden.device.type):  # which would cast: a head may be fp32
@@ -171,8 +171,8 @@ def summing_head(head, hidden):
     """A head that adds its weight's gradient up in place, and the hidden states to call it with.
 
     Autograd would hold three (V,H) gradients, a third of a step's memory at 128,256 words
-    (tests/BENCH.md). Here a hook on each chunk's logits adds to `total`, which WithGradient, the
-    last that backward reaches, hands to the weight. Autograd keeps heads like LoRA's, no nn.Linear.
+    (tests/BENCH.md). Here a hook on each chunk's logits adds to `total`; WithGradient, which
+    backward reaches last, hands it to the weight. Heads like LoRA's are left to autograd.
     """
     plain = type(head) is nn.Linear and head.weight.requires_grad
     if not (torch.is_grad_enabled() and plain):

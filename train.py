@@ -1,7 +1,7 @@
 """Unlearn or fine-tune a causal language model: one plain PyTorch loop.
 
     python train.py --forget data/forget05 --beta 2.5 --gamma 0      unlearn
-    python train.py --retain data/full --output runs/target          fine-tune: no --forget
+    python train.py --retain data/full --output runs/full            fine-tune: no --forget
     torchrun --nproc-per-node 8 train.py --model ... --forget ...    on several GPUs or machines
 
 Reading order: the losses to choose from, the flags with their defaults, the loop (main), the pieces
@@ -36,10 +36,10 @@ from simnpo import (answer_hidden, answer_token_logps, check_head, chunked, grad
 # The losses to choose from. One entry is all that another one needs.
 
 class Answers(NamedTuple):
-    """What a loss is made of: B forget sequences with N answer tokens in all."""
+    """What a loss is made of: B forget sequences, N answer tokens; log p, or Loss.per_token's."""
     logps: torch.Tensor  # (B,) log pi(y|x)
     lengths: torch.Tensor  # (B,) |y|
-    token_logps: torch.Tensor  # (N,) of each token, sequence after sequence
+    token_logps: torch.Tensor  # (N,) the same of each token, sequence after sequence
     ref_logps: torch.Tensor | None  # (B,) logps before unlearning, where the loss needs them
 
 
@@ -55,7 +55,7 @@ class Loss(NamedTuple):
     function: Callable[[Answers, Any], torch.Tensor]  # answers, arguments -> (B,)
     defaults: dict  # of flags that are not given
     needs_reference: bool = False
-    per_token: Callable = token_logps  # what Answers has in place of log p: (N,V), (N,) -> (N,)
+    per_token: Callable = token_logps  # what Answers holds, of logits: (N,V), (N,) -> (N,)
 
 
 LOSSES = {
@@ -71,7 +71,7 @@ LOSSES = {
     # SatImp (Yang et al., arXiv 2505.11953): the same with p^beta (1 - p)^beta2
     "satimp": Loss(lambda y, args: weighted_ascent(y, lambda p: p**args.beta * (1-p)**args.beta2),
                    {"beta": 5.0, "forget_weight": 0.1}),
-    # CE-U (Yang, arXiv 2503.01224) has the gradient of -log(1 - p), from the first answer token on
+    # CE-U (Yang, arXiv 2503.01224) has the gradient of -log(1 - p); here of all answer tokens
     "ceu": Loss(lambda y, args: -y.logps / y.lengths, {"forget_weight": 1.0},
                 per_token=token_log_complements),
 }
@@ -146,15 +146,17 @@ def arguments(argv):
     args = flags().parse_args(argv)
     require(not (args.model and args.init), "--model and --init: give one of them")
     require(args.forget or args.retain, "give --forget to unlearn or --retain to fine-tune")
+    require(args.forget or args.retain_loss == "nll", "--retain-loss needs --forget")
     require(not args.bf16_weights or args.dtype != "fp16", "--bf16-weights with --dtype fp16")
     if args.forget and args.retain_loss == "none":
         args.retain = None
     elif args.forget and not args.retain:
         args.retain = str(retain_beside(find(args.forget)))
-    name = Path(args.forget).stem + f"-{args.loss}" if args.forget else Path(args.retain).stem
+    name = f"{Path(args.forget).stem}-{args.loss}" if args.forget else Path(args.retain).stem
     args.output = Path(args.output or f"runs/{name}")
     cuda = args.device.startswith("cuda")
-    best = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16" if cuda else "fp32"
+    bf16 = args.bf16_weights or cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    best = ("bf16" if bf16 else "fp16") if cuda else "fp32"
     defaults = {"dtype": best, "max_tokens": 16384 if cuda else 1024}
     defaults |= OFFICIAL | LOSSES[args.loss].defaults
     if not (args.model or args.init):
@@ -184,7 +186,7 @@ def main(argv=None):
         forget, retain, files = load_data(args)
         settings = vars(args) | {"forget data": run_folder.digest(forget),
                                  "retain data": run_folder.digest(retain)}
-        run_folder.start_step(args.output, settings, args.resume)
+        run_folder.start_step(args.output, settings, args.resume)  # refuses before long work
         if miniature.is_start_model(args):
             miniature.make(Path(args.model))
         settings["start"] = models.fingerprint(args.init or args.model)
@@ -208,7 +210,7 @@ def main(argv=None):
         run_folder.load_checkpoint(state, args.output, start)
         step = start
         while True:  # here `step` steps are done
-            if step in epochs and (step > start or not start):  # else the log has it
+            if step in epochs and (step > start or step == 0):  # a resumed run's log has `start`
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and is_due(args.snapshots, step, epochs):
                 models.save_model(state.model.lm, empty, files, args.output / f"step-{step:06d}")
@@ -218,7 +220,7 @@ def main(argv=None):
                 run_folder.save_checkpoint(state, args.output, step)
             if stop:
                 distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
-                return 128 + (caught or [signal.SIGTERM])[0]  # the status that shells give it
+                return 128 + (caught[0] if caught else signal.SIGTERM)  # as shells report it
             if step == total:
                 break
 
@@ -269,9 +271,9 @@ def load_data(args):
     return forget, retain, models.check_savable(source, skeleton)
 
 
-def is_due(interval, step, epochs):
+def is_due(every, step, epochs):
     """Whether something done every so many steps, or epochs, is done after this step."""
-    count, in_epochs = interval
+    count, in_epochs = every
     done = epochs.get(step) if in_epochs else step
     return bool(count and done) and done % count == 0
 
@@ -280,20 +282,22 @@ def is_due(interval, step, epochs):
 
 def draw(n, start, count, seed):
     """`count` indices from place `start` of the endless stream of shuffled passes over range(n)."""
+    if n == 0:
+        return []
     stream = []
-    for epoch in range(start // n, (start + count - 1) // n + 1) if n else ():
+    for epoch in range(start // n, (start + count - 1) // n + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         stream += torch.randperm(n, generator=generator).tolist()
-    return stream[start % n:][:count] if n else stream
+    return stream[start % n:][:count]
 
 
 def micro_batches(data, indices, max_tokens, borders=()):
-    """[(indices, scale)] of this rank's micro-batches of some Examples of data: of like length, at
+    """This rank's share of data[indices] as [(indices, scale)]: micro-batches of like length, at
     most max_tokens with padding, none across a border (models.rope_borders).
 
     The sum of losses times scale over a rank's micro-batches, averaged over the ranks as FSDP
-    averages gradients, is the mean over `indices`. FSDP needs as many passes on each rank: a rank
-    with fewer repeats the shortest Example with scale 0.
+    averages gradients, is the mean over `indices`. FSDP needs equally many passes on each rank:
+    one with fewer repeats the shortest Example with scale 0.
     """
     rank, world = distributed.rank(), distributed.world()
     order = sorted(indices, key=lambda i: len(data[i].input_ids), reverse=True)
@@ -325,7 +329,7 @@ def retain_losses(model, retain, indices, args):
 
 def on_device(data, indices, args):
     """input_ids and labels of some Examples, as one batch: (B,T), (B,T)."""
-    return (x.to(args.device, non_blocking=True) for x in collate([data[i] for i in indices]))
+    return [x.to(args.device) for x in collate([data[i] for i in indices])]
 
 
 def learning_rate(args, step, total, per_epoch):
@@ -355,7 +359,7 @@ def update(state, losses, lr, args):
     scaler.update()
     optimizer.zero_grad()
     skipped = scaler.get_scale() < scale
-    if skipped and scale < 1:
+    if skipped and scale <= 1:
         raise FloatingPointError("fp16 gradients overflow at every scale; --dtype bf16 or fp32")
     record = {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}  # JSON has no NaN
     if args.forget:
@@ -381,13 +385,13 @@ def score(model, data, args):
     return distributed.summed(logps)
 
 
-def probe(model, forget, retain, args, most=100):
+def probe(model, forget, retain, args):
     """{"forget_prob", "retain_prob"}: the mean of p(answer)^(1/|answer|) over at most 100 evenly
     spread Examples of either set."""
     record = {}
     for name, data in (("forget_prob", forget), ("retain_prob", retain)):
         if data:
-            data = data[::math.ceil(len(data) / most)]
+            data = data[::math.ceil(len(data) / 100)]
             lengths = torch.tensor([len(e.input_ids) - e.start for e in data], device=args.device)
             record[name] = (score(model, data, args) / lengths).exp().mean().item()
             if not math.isfinite(record[name]):
@@ -440,7 +444,7 @@ def answer_token_kl(model, reference, input_ids, labels):
 def build(args):
     """The State: the model loaded, adapted and sharded, its optimizer and scaler; and the model
     without weights, for saving it."""
-    with distributed.together(), blame(args.model or args.init):
+    with distributed.together(), blame(args.init or args.model):
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
         lm = models.load_start(args, dtype)
         check_head(lm)
@@ -456,16 +460,16 @@ def build(args):
         shard(model)  # layer by layer onto the card: no card holds the whole
     model.to(args.device)
     ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
-    with distributed.together(), blame(args.model or args.init, "it cannot be trained"):
-        model(ids, ids).sum().backward()  # fails with a dropout above 1, without a compiler ...
+    with distributed.together(), blame(args.init or args.model, "it cannot be trained"):
+        model(ids, ids).sum().backward()  # a bad dropout, a missing compiler ... show here
     model.zero_grad()
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")
     return State(model, make_optimizer(lm, args), scaler), empty
 
 
 def adapt(model, args):
-    """The place to change a model before it is trained: a PEFT model is saved with its adapters
-    merged, frozen parameters stay as they are."""
+    """The model that is trained: change it here, after the flags. Adapters (PEFT) are saved merged,
+    frozen parameters stay as they are."""
     if args.checkpointing:
         with blame("--checkpointing"):
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .support.data_files import find, kind_of, read_records, require_fit  # noqa: F401
-from .support.errors import InputError, blame, require  # noqa: F401
-from .support.models import load_pretrained  # noqa: F401  (what others ask of this file)
+from .support.data_files import kind_of, read_records, require_fit
+from .support.errors import blame, require
 
 IGNORE = -100
-MARK = "\ufdd0"  # stands for any answer; a code point that Unicode keeps out of texts
+MARK = "\ufdd0"  # stands for a text to be found in what a template prints; in no real text
 common_prefix = os.path.commonprefix  # of texts or of lists, whatever they hold
 TEMPLATES = {
     "llama2": "[INST] {question} [/INST]",  # the answer follows at once, as TOFU trained it
@@ -92,7 +91,7 @@ def conversations(tokenizer, questions, answers, prompt, where=None):
     if template == "chat":
         check_chat(tokenizer, prompt)
         where = where or ["--template chat"] * len(questions)
-        return [chat(tokenizer, *pair, prompt) for pair in zip(questions, answers, where)]
+        return [chat(tokenizer, *turn, prompt) for turn in zip(questions, answers, where)]
     for name in ("system", "date"):
         require(not getattr(prompt, name), f"--{name}: only a chat template has a place for it")
     text = TEMPLATES.get(template, template).replace("\\n", "\n")  # two characters in a shell

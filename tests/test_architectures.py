@@ -13,7 +13,8 @@ from conftest import write_lines, write_model, write_tofu
 import eval as evaluation
 import simnpo
 import train
-from data.load import Example, collate, load_pretrained
+from data.load import Example, collate
+from data.support.models import load_pretrained
 
 COMMON = dict(
     vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -14,7 +14,7 @@ from conftest import ROOT, log, stop_after, weights, write_data, write_model, wr
 import eval as evaluation
 import simnpo
 import train
-from data.load import load_pretrained
+from data.support.models import load_pretrained
 
 DEVICE = os.environ.get("TEST_DEVICE")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="for a GPU: tests/gpu.sh")

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.load import (Example, InputError, Prompt, collate, encode_answers, encode_prompts, find,
-                       length_batches, load_examples, read_records)
-from data.support.data_files import check_disjoint, require_fit, tofu_records
+from data.load import (Example, Prompt, collate, encode_answers, encode_prompts, length_batches,
+                       load_examples, read_records)
+from data.support.data_files import check_disjoint, find, require_fit, tofu_records
+from data.support.errors import InputError
 
 CORPUS = ["Question: Who is the author Jaime Vasquez, born on the 25th of February 1958?\nAnswer: "
           "Jaime Vasquez was born in Santiago, Chile, and writes true crime [INST] user assistant "

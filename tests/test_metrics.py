@@ -277,7 +277,7 @@ def test_reasons_become_footnotes():
     values = {"forget": [{"x": 1.0}, {"x": None}], "holdout": []}
     assert attempt(field_of, values, "forget", "x").endswith("in 1 of 2 forget examples")
     for split, field in (("forget", "y"), ("holdout", "x")):
-        assert attempt(field_of, values, split, field).startswith("its file does not hold this")
+        assert attempt(field_of, values, split, field).startswith("not in its file")
     with pytest.raises(Undefined):
         field_of(values, "retain", "x")
     columns = {"a": {"KS (p)": 1e-9, "x": "no x", "PrivLeak": -1.0},
@@ -348,7 +348,7 @@ def test_known_numbers_of_official_logs(capsys):
     out = capsys.readouterr().out
     assert "0.622677" in out and "1.83407e-21" in out and "0.396667" in out
     assert table_of(out)["forget exact memorization"] == ["- [1]", "- [1]"]
-    assert "[1] its file does not hold this" in out
+    assert "[1] not in its file" in out
     assert table_of(out)["records of forget"] == ["300", "300"]
     assert table_of(out)["records of world_facts"] == ["117", "117"]
     assert evaluation.main([retain]) == 0 and "0.613745" in capsys.readouterr().out

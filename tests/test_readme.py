@@ -17,7 +17,8 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, M
 import eval as evaluation
 import simnpo
 import train
-from data.load import load_examples, load_pretrained
+from data.load import load_examples
+from data.support.models import load_pretrained
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

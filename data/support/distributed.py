@@ -45,9 +45,9 @@ def together():
         yield
     except InputError as e:
         message = str(e)
-    for message in on_all_ranks(message):
-        if message:
-            raise InputError(message)
+    for told in on_all_ranks(message):
+        if told:
+            raise InputError(told)
 
 
 def on_all_ranks(value):

@@ -177,9 +177,9 @@ def finish(output):
         for path in checkpoints(output):
             path.unlink()
         records = [json.loads(line) for line in (output / LOG).open()]
-        first, *_, last = [record for record in records if "epoch" in record]
-        changes = [f"{name.removesuffix('_prob')} {first[name]:.3f} -> {last[name]:.3f}"
-                   for name in first if name.endswith("_prob")]
+        before, *_, after = [record for record in records if "epoch" in record]
+        changes = [f"{name.removesuffix('_prob')} {before[name]:.3f} -> {after[name]:.3f}"
+                   for name in before if name.endswith("_prob")]
         skipped = sum("skipped" in record for record in records)
         note = f"; fp16 skipped {skipped} steps" if skipped else ""
         distributed.say(f"{output}: answer probability {', '.join(changes)}{note}")
