@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 from transformers.utils.hub import get_session, hf_hub_url, snapshot_download
 
@@ -255,9 +253,11 @@ def save_model(model, empty, files, folder):
     weights = distributed.gathered(savable_tensors(model))
     if distributed.first():
         plain = merged(filled(empty, weights))
-        weights = revert_weight_conversion(plain, dict(savable_tensors(plain)))
+        plain.generation_config = GenerationConfig()  # some of them are refused
         with filling(folder) as scratch:
-            save_file(weights, scratch / "model.safetensors", {"format": "pt"})
+            plain.save_pretrained(scratch)
+            for written in scratch.glob("*config.json"):  # as they were they come from `files`
+                written.unlink()
             for name, content in files.items():
                 (scratch / name).write_bytes(content)
 
