@@ -221,7 +221,7 @@ def main(argv=None):
             if stop:
                 distributed.say(f"Stopped after step {step} of {total}; --resume goes on with it")
                 return 128 + (caught[0] if caught else signal.SIGTERM)  # as shells report it
-            if step == total:
+            if step >= total:
                 break
 
             began, losses = time.time(), torch.zeros(2, device=args.device)

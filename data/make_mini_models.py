@@ -19,7 +19,7 @@ if not __package__:
 from data.load import load_examples
 from data.support.data_files import find
 from data.support.distributed import say
-from data.support.errors import caught_signals, one_line_errors, require
+from data.support.errors import blame, caught_signals, one_line_errors, require
 from data.support.models import load_tokenizer
 from data.support.run_folder import digest, is_finished
 
@@ -68,7 +68,8 @@ def make(folder):
     if is_finished(folder):
         if settings.is_file():
             examples = load_examples(find(data), load_tokenizer(TOKENIZER), 2048)
-            same = json.loads(settings.read_text())["retain data"] == digest(examples)
+            with blame(settings, f"cannot be compared with {data}"):
+                same = json.loads(settings.read_text())["retain data"] == digest(examples)
             require(same, f"{folder}: made from other data than {data} holds now; delete it")
         return
     require(not dist.is_initialized(), f"{folder}: not made yet; run this once without torchrun")

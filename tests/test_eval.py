@@ -773,6 +773,22 @@ def test_tofu_eval_as_model_shows_every_row_that_it_holds(pair, tofu, tmp_path, 
     assert shown == pytest.approx(want, abs=1e-5)
 
 
+def test_rows_of_an_open_unlearning_log_do_not_hide_each_other(tmp_path, capsys):
+    parts = {"wf_Q_A_Prob_normalised": 0.66, "wf_Q_A_Prob": 0.12, "forget_Q_A_Prob": 0.25}
+    log = {name: {"agg_value": value} for name, value in parts.items()}
+    assert run(write_json(tmp_path / "TOFU_EVAL.json", log)) == 0
+    table = table_of(capsys.readouterr().out)
+    assert table["world facts probability"] == ["0.66"] and table["forget probability"] == ["0.25"]
+
+
+def test_results_without_a_model_are_read(pair, tofu, tmp_path, capsys):
+    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
+    shutil.copytree(pair[0], tmp_path / "m", ignore=lambda *_: ["config.json"])
+    capsys.readouterr()
+    assert run(tmp_path / "m") == 0
+    assert table_of(capsys.readouterr().out)["records of forget"] == ["12"]
+
+
 def test_nan_scores_of_an_open_unlearning_log_are_a_footnote(pair, tofu, tmp_path, capsys):
     run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
     values = numbers(pair[0])
@@ -1098,8 +1114,8 @@ def one_rank(rank, port, said, argv):
 @pytest.mark.parametrize("argv,what", [
     (["{model}"], "--forget or --muse"),
     (["{model}", "--samples", "4"], "--samples needs --forget"),
-    (["{model}", "--forget", "{lone}"], "needs this file beside"),
-    (["{empty}", "--forget", "{tofu}"], "no weights"),
+    (["{model}", "--forget", "{lone}"], "forget05_perturbed: no such data file"),
+    (["{empty}", "--forget", "{tofu}"], "empty: no config.json"),
     (["x", "--forget", "{tofu}", "--reference", "{junk}"], "junk.json: not an eval.json"),
     (["{foreign}", "--forget", "{tofu}"], "foreign.json: not an eval.json"),
     (["{foreign}", "--muse", "{muse}"], "foreign.json: not an eval.json"),

@@ -658,6 +658,7 @@ BAD = [  # what follows three good lines, or a file of its own; line, message
     (f"[{qa()}\n{qa()}]", 2, "',' delimiter"), (f"[\n{qa()}]\n{qa()}", 3, "Extra data"),
     (json.dumps(QA[0], indent=2), 1, "one object a line"), (f"[{qa()}, {qa(answer='')}]", 1,
                                                             "record 2: answer is"),
+    (LINES + qa()[:-1] + ', "answer": "She."}', 4, "twice in one object"),
     ("", 1, "no record"), ("[]", 1, "no record"), ("\ufeff \n", 1, "no record"),
     ("NaN", 1, "float"),
     (LINES + '"\x00"', 4, "byte"), ('{"input_ids": [1, 1e9]}', 1, "token numbers"),
@@ -715,7 +716,7 @@ def test_fields_about_a_record_may_stand_beside_it(tmp_path):
     ("a.txt", "id,text\n1,He."), ("a.txt", "question: Who?\nanswer: He.\n"),
     ("a.txt", '[[qa]]\nquestion = "Who?"\nanswer = "I."'),
     ("a.txt", "- {question: Who?, answer: He.}\n"), ("a.txt", f"# of May\n{json.dumps(QA[0])}"),
-    ("a.txt", json.dumps(["One text.", "Another."], indent=1))])
+    ("a.txt", json.dumps(["One text.", "Another."], indent=1)), ("a.txt", '[["Who?", "I."]]')])
 def test_records_that_come_as_text_are_refused(name, text, tmp_path):
     with pytest.raises(InputError, match=rf"{name}:1: (record 1: )?records, not a text"):
         read_records(write(tmp_path, name, text))

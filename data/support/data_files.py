@@ -91,12 +91,16 @@ POINTER_SAYS = "a Git LFS or git-annex pointer, not the file itself; fetch that"
 
 def json_values(path, text):
     """[(file:line, value)] of JSON lines, or of one array, whose records are numbered."""
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), "a field stands twice in one object")
+        return dict(pairs)
+
     array = text.lstrip().startswith("[")
     values = []
     for n, part in enumerate([text] if array else text.split("\n"), 1):
         if part.strip():
             try:
-                values.append((f"{path}:{n}", json.loads(part)))
+                values.append((f"{path}:{n}", json.loads(part, object_pairs_hook=unique)))
             except (ValueError, RecursionError) as e:
                 n += getattr(e, "lineno", 1) - 1
                 raise InputError(f"{path}:{n}: not JSON: {getattr(e, 'msg', e)}; one object a line "
@@ -113,7 +117,7 @@ PAIRED = set("id text label question answer prompt completion instruction input 
 def check_prose(where, text):
     """Raise InputError for a text that is records: JSON, however often encoded, a table whose first
     line names its columns, or what begins with names of fields and their values."""
-    encoded = re.match(r"""\s*\[\s*"|[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
+    encoded = re.match(r"""\s*\[[\s\[]*"|[\s\[\\"]*\{[\s\\]*(n\s*)?\\*["']""", text)
     head, start = text.strip().split("\n", 1)[0], text.strip()[:1000]
     names = {name.strip(' "').lower() for name in re.split(r"[,;|\t]", head)}
     names |= {*re.findall(r"""(?m)(?:^|[{,])[- {]*['"]?(\w+)['"]? *[:=]\s""", start)}

@@ -30,6 +30,7 @@ def start(name):
     with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
+            torch.cuda.init()  # says why, where there is no GPU
             own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device
             torch.cuda.set_device(own)  # what "cuda" means from here on
         torch.ones(1, device=device).item()

@@ -27,10 +27,10 @@ TOFU_COLUMNS = {"nll": "avg_gt_loss", "paraphrased_nll": "avg_paraphrased_loss",
 OPEN_UNLEARNING = {  # what its rows, and parts of their names, are called in eval.py
     "forget_quality": "forget quality (KS p)", "model_utility": "model utility",
     "privleak": "forget PrivLeak", "exact_memorization": "forget exact memorization",
+    "forget_Q_A_Prob": "forget probability", "retain_Q_A_Prob": "retain probability",
     "forget_": "forget ", "retain_": "retain ", "ra_": "real authors ", "wf_": "world facts ",
-    "Q_A_Prob_normalised": "probability", "Q_A_Prob": "probability", "Truth_Ratio": "truth ratio",
-    "Q_A_PARA_Prob": "paraphrase probability", "Q_A_ROUGE": "ROUGE-L recall",
-    "truth_ratio": "truth ratio"}
+    "Q_A_Prob_normalised": "probability", "Q_A_PARA_Prob": "paraphrase probability",
+    "Q_A_ROUGE": "ROUGE-L recall", "Truth_Ratio": "truth ratio", "truth_ratio": "truth ratio"}
 
 
 def collect(models, reference, data, measure, read, options):
@@ -78,10 +78,10 @@ def settings_of(model, bits, data, options):
 
 def saved_entry(key, model, bits, data, read, options):
     """What a file holds of this data, or a model's saved evaluation if it still fits, else None."""
-    path = home(model)
+    path, given = home(model), Path(model)
     held = read_results(path) if path.exists() else {}
     entry = held.get(key)
-    if path == Path(model):
+    if path.exists() and given.exists() and not (given / "config.json").is_file():  # no model
         kind, _, place = key.partition(" ")
         asked = f"{kind.split('-')[0]}(-[0-9]+samples)?( {re.escape(place) or '.*'})?"
         found = [name for name in held if re.fullmatch(asked, name)]
@@ -173,17 +173,19 @@ def open_unlearning_log(log):
     def column(part, field):
         return numbered(part.get("value_by_index") or {}, field)
 
-    attack, inverse = log.get("mia_min_k", {}), column(log["forget_truth_ratio"], "score")
+    attack, inverse = log.get("mia_min_k", {}), column(log.get("forget_truth_ratio", {}), "score")
     ratios = {i: None if x is None else 1 / max(x, 1e-307) for i, x in inverse.items()}
     forget = {"truth_ratio": ratios, "min_k": column(attack.get("forget", {}), "score"),
               "answer": column(log.get("forget_Q_A_ROUGE", {}), "ground_truth")}
     holdout = {"min_k": column(attack.get("holdout", {}), "score")}
     rows = {}
     for name, part in log.items():
-        if isinstance(part.get("agg_value"), (int, float)):
+        if isinstance(part, dict) and isinstance(part.get("agg_value"), (int, float)):
             for theirs, ours in OPEN_UNLEARNING.items():
                 name = name.replace(theirs, ours)
             rows[name] = part["agg_value"]
+    if not rows:
+        raise ValueError("it has no aggregates")
     return {"values": {"forget": records_of(forget), "holdout": records_of(holdout)},
             "rows": rows}
 
@@ -191,7 +193,8 @@ def open_unlearning_log(log):
 def numbered(column, field=None):
     """{question number: value, or this field of it} of a list, or of a dict with such keys."""
     pairs = enumerate(column) if isinstance(column, list) else column.items()
-    return {int(i): value if field is None else value[field] for i, value in pairs}
+    return {int(i): value if field is None else value[field] for i, value in pairs
+            if field is None or isinstance(value, list) or field in value}
 
 
 def records_of(columns):

@@ -92,8 +92,8 @@ def load_skeleton(path, weights=True):
         name = str((config.architectures or ["ForCausalLM"])[0])
         model = AutoModelForCausalLM.from_config(config, **SAFE)
     causal = name.endswith(("ForCausalLM", "LMHeadModel")) and not config.is_encoder_decoder
-    require(causal, f"{path}: config.json: {name} is not a causal (left-to-right) model of "
-            "text alone")
+    require(causal and context_length(model) > 0, f"{path}: config.json: {name} is not a causal "
+            "(left-to-right) model of text alone, or has no positions")
     tokenizer, size = load_tokenizer(path), vocabulary(model)
     require(tokenizer.eos_token_id < size, f"{path}: the EOS is token {tokenizer.eos_token_id}, "
             f"the model's embedding has only {size}; they do not belong together")
@@ -116,7 +116,8 @@ def vocabulary(model):
 
 
 def context_length(model):
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return 2**31 if positions is None else positions
 
 
 def rope_borders(model):

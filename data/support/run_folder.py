@@ -110,7 +110,7 @@ def start_step(output, settings, resume):
     require(not names or resume and path.name in names, f"{output}: already holds a run or other "
             "files; pass another --output, or --resume to go on with this run")
     with blame(path, "cannot be read, so the run cannot be resumed"):
-        before = json.loads(path.read_text()) if names else settings
+        before = {**json.loads(path.read_text())} if names else settings
     changed = [f"{key.replace('_', '-')} was {before.get(key)}, is {settings[key]}"
                for key in settings if key not in FREE and before.get(key) != settings[key]]
     require(not changed, f"{path}: cannot resume with other settings: {'; '.join(changed)}")
@@ -158,8 +158,8 @@ def session(args, settings, start, total):
         try:
             if distributed.first() and not start:
                 write(output / "args.json", json.dumps(settings, indent=1, default=str) + "\n")
-            file = stack.enter_context(open(path, "a" if start else "w", buffering=1))
-            yield log, caught
+            with open(path, "a" if start else "w", buffering=1) as file:
+                yield log, caught
         except Exception as e:
             what = cause(e)
             if not what:
