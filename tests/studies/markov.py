@@ -49,9 +49,7 @@ def unlearned(setting, method, seed):
         texts = ((DATA / setting / f"{chain}.jsonl").read_text() for chain in CHAINS[1:])
         lines = [line for text in texts for line in text.splitlines()[100 * seed:][:100]]
         forget.write_text("\n".join(lines))  # 50 steps of 4
-        # try_step's tokens are no states.
-        patched = {"answer_token_logps": state_logps, "try_step": lambda *_: None}
-        with mock.patch.multiple(train, **patched):
+        with mock.patch.object(train, "answer_token_logps", state_logps):
             run(output, f"--loss {method.lower()} --beta {BETAS[setting][method]} --seed {seed} "
                 + UNLEARN, model=HOME / setting / "target", forget=forget)
         found = divergences(output, DATA / setting)
@@ -72,7 +70,8 @@ def next_state(model, ids):
 def state_logps(model, ids, labels, per_token=None):
     """What stands for simnpo.answer_token_logps while unlearning: (B,T), (B,T) -> (N,)."""
     mask = answer_mask(labels)
-    states = labels[:, 1:][mask] - make_markov.FIRST_STATE
+    # The token of train.py's trial step, 0, is no state.
+    states = (labels[:, 1:][mask] - make_markov.FIRST_STATE).clamp(min=0)
     return next_state(model, ids)[mask].gather(1, states[:, None])[:, 0]
 
 
