@@ -782,8 +782,9 @@ def test_rows_of_an_open_unlearning_log_do_not_hide_each_other(tmp_path, capsys)
 
 
 def test_results_without_a_model_are_read(pair, tofu, tmp_path, capsys):
-    run(pair[0], "--forget", tofu, "--max-new-tokens", 5)
-    shutil.copytree(pair[0], tmp_path / "m", ignore=lambda *_: ["config.json"])
+    shutil.copytree(pair[0], tmp_path / "m", ignore=lambda *_: ["eval.json"])
+    run(tmp_path / "m", "--forget", tofu, "--max-new-tokens", 5)
+    (tmp_path / "m" / "config.json").unlink()
     capsys.readouterr()
     assert run(tmp_path / "m") == 0
     assert table_of(capsys.readouterr().out)["records of forget"] == ["12"]
