@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from data import make_mini_models as miniature
-from data.support import distributed, evaluations, run_folder
+from data.support import distributed, evaluations
 
 RUN = ("--model {0}/model --forget {0}/data/forget25 --retain {0}/data/retain75 --lr 1e-3 "
        "--batch-size 2 --save-every 1 --output run")
@@ -149,8 +149,11 @@ def test_two_evaluations_into_one_file(world):
 
 MAKER = """
 import sys
-from test_processes import quick_builtin, train
-quick_builtin({data!r}, __file__)
+from pathlib import Path
+import train
+from data import make_mini_models as miniature
+miniature.DATA, miniature.TRAIN = Path({data!r}), __file__
+miniature.BASE = miniature.FINETUNE = {{"lr": 1e-3, "epochs": 1}}
 open("made", "a").write("once\\n")
 sys.exit(train.main())
 """
@@ -178,12 +181,6 @@ def test_the_first_command_makes_the_builtin_models(world, tmp_path):
     assert names("runs") == {"base", "target"} and "config.json" in names("runs/target")
     one, two = weights(Path("one")), weights(Path("two"))
     assert all(one[name].equal(two[name]) for name in one)
-    # Another process makes it: its status is this one's.
-    Path("runs/target/config.json").unlink()
-    with run_folder.owned(Path("runs/target/metrics.jsonl")):
-        assert run([*argv, "three"], quick_builtin, data, maker)[0] == 2
-    assert not Path("runs/target/config.json").exists()
-    assert run([*argv, "three"], quick_builtin, data, maker) == (0, "")
     # Other data, under the same name: what was made from the old is not used in silence.
     other = (data / "full.jsonl").read_text().replace("Oslo", "Roma")
     (data / "full.jsonl").write_text(other)
