@@ -252,7 +252,7 @@ def main(argv=None):
         if not any(moments["step"] for moments in state.optimizer.state.values()):
             raise FloatingPointError("fp16 gradients overflowed in every step; use --dtype fp32")
         models.save_model(state.model.lm, empty, files, args.output)
-        run_folder.finish(args.output)
+        run_folder.finish(args)
     return 0
 
 

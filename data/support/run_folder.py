@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import distributed
+from .data_files import find
 from .errors import Failure, blame, caught_signals, cause, in_short, require
 
 # What may differ when a run goes on; instead of names of files, their content is compared.
@@ -171,8 +173,9 @@ def session(args, settings, start, total):
                        f"on from {newest}") from None
 
 
-def finish(output):
-    """Remove the checkpoints of a run whose model is saved, and print what came of it."""
+def finish(args):
+    """Remove the checkpoints of a run whose model is saved; print what came of it, and what next."""
+    output = args.output
     if distributed.first():
         for path in checkpoints(output):
             path.unlink()
@@ -183,6 +186,10 @@ def finish(output):
         skipped = sum("skipped" in record for record in records)
         note = f"; fp16 skipped {skipped} steps" if skipped else ""
         distributed.say(f"{output}: answer probability {', '.join(changes)}{note}")
+        flags = [word for name in ("forget", "template", "system", "date") if getattr(args, name)
+                 for word in (f"--{name}", getattr(args, name))]
+        if args.forget and find(args.forget).parent.name != "raw":  # MUSE's: python eval.py --muse
+            distributed.say("Next: " + shlex.join(["python", "eval.py", str(output), *flags]))
 
 
 # Checkpoints
