@@ -174,7 +174,7 @@ def session(args, settings, start, total):
 
 
 def finish(args):
-    """Remove the checkpoints of a run whose model is saved; print what came of it, and what next."""
+    """Remove the checkpoints of a finished run; print what came of it, and what is next."""
     output = args.output
     if distributed.first():
         for path in checkpoints(output):
