@@ -18,8 +18,6 @@ ABOUT = set("""paraphrased_answer perturbed_answer paraphrased_question id idx i
     url task type category topic subject domain split author name title""".split())
 
 
-# Which file is meant
-
 def find(path):
     """The data file that `path` names: itself, with a suffix added, or the one in that folder."""
     path = Path(path)
@@ -31,9 +29,8 @@ def find(path):
         names = data_files(folder)
         if path.is_dir() and len(names) == 1:
             return path / names[0]
-    raise InputError(f"{path}: no such data file (tried {', '.join(SUFFIXES)}); {folder} has "
-                     f"{', '.join(names[:20]) or 'none'}; real TOFU and MUSE: python "
-                     "data/download.py")
+    raise InputError(f"{path}: no such data file; {folder} has {', '.join(names[:20]) or 'none'}; "
+                     "real TOFU and MUSE: python data/download.py")
 
 
 def data_files(folder):
@@ -49,13 +46,9 @@ def retain_beside(forget):
     return find(forget.with_name(f"retain{100 - int(percent[1]):02d}"))
 
 
-# From a file to records
-
 def read_records(path, kind=None):
-    """The checked records of a data file, dicts of one kind, each with its file:line as "where".
-
-    `kind` is the field that they must have, if only one will do: question, text, input_ids, prompt.
-    """
+    """The checked records of a data file: dicts of one kind (a key of KINDS; of this kind, if one is
+    given), with their file:line as "where"."""
     path = find(path)
     text = read_text(path)
     values = [(f"{path}:1", text)] if path.suffix == ".txt" else json_values(path, text)
@@ -152,18 +145,15 @@ def check_record(where, record):
         require(numbers and len(ids) > 1,
                 f"{where}: input_ids must be a list of two or more token numbers")
         return record
-    if "paraphrased_answer" in record:
-        fields["paraphrased_answer"] = record["paraphrased_answer"]
     answers = record.get("perturbed_answer", ["none"])
     require(isinstance(answers, list) and answers, f"{where}: perturbed_answer must be a list")
     fields |= {f"perturbed_answer[{i}]": answer for i, answer in enumerate(answers)}
+    fields["paraphrased_answer"] = record.get("paraphrased_answer", "none")
     for name, value in fields.items():
         text = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
         require(text, f"{where}: {name} is {textwrap.shorten(ascii(value), 60)}; it must be a text")
     return record
 
-
-# Examples
 
 def require_fit(examples, limit, max_length, vocab_size):
     """Raise InputError, with file:line, for an Example that is too long or has unknown tokens."""
@@ -186,15 +176,9 @@ def check_disjoint(forget, retain):
                 "it out of one of them")
 
 
-# The files that evaluation needs
-
 def tofu_records(forget, limit):
-    """{split: its first records} of the evaluation files that belong to a TOFU forget file, each
-    but those of the holdout with false answers.
-
-    The files are its own perturbed version, those beside it, and if there is one its holdout
-    (forget05: holdout05), which neither the target nor the retrained model has seen.
-    """
+    """{split: its first records} of the files that TOFU's evaluation of a forget file needs beside
+    it: with false answers, but for a holdout (forget05: holdout05), which no model has seen."""
     stem = forget.stem.removesuffix("_perturbed")
     names = {"forget": stem, "retain": "retain", "real_authors": "real_authors",
              "world_facts": "world_facts"}

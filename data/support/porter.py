@@ -15,6 +15,7 @@ IRREGULAR |= {word: word for word in
 
 # suffix -> replacement. The first suffix that matches decides, so a suffix stands before its own
 # endings (ational, tional; ement, ment, ent).
+STEP1 = {"sses": "ss", "ies": "i", "ied": "i", "ss": "ss", "s": ""}
 STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize",
          "bli": "ble", "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize",
          "ation": "ate", "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful",
@@ -47,14 +48,12 @@ def ends_short(word):
 
 def step1(word):
     """Plurals, -ed and -ing, and a final y."""
-    if word.endswith(("ies", "ied")):  # NLTK: of four letters the e stays
-        word = word[:-1] if len(word) == 4 else word[:-2]
-    elif word.endswith("sses"):
-        word = word[:-2]
-    elif word.endswith("s") and not word.endswith("ss"):
+    if word.endswith(("ies", "ied")) and len(word) == 4:  # NLTK
         word = word[:-1]
+    else:
+        word = replace(word, STEP1, 0)
     if word.endswith("eed"):
-        word = word[:-1] if measure(word[:-3]) > 0 else word
+        word = replace(word, {"eed": "ee"}, 1)
     else:
         stems = [word[:-len(suffix)] for suffix in ("ed", "ing") if word.endswith(suffix)]
         if stems and "v" in shape(stems[0]):
@@ -76,8 +75,8 @@ def restore(stem):
 
 
 def replace(word, rules, least):
-    """The word with its suffix replaced by the rules of step 2, 3 or 4, if what stands before the
-    suffix measures at least so much."""
+    """The word with its suffix replaced by a step's rules, if what stands before it measures at
+    least so much."""
     suffix = next((suffix for suffix in rules if word.endswith(suffix)), "")
     stem = word.removesuffix(suffix)
     # NLTK counts the l of -logi as well: geology and theology lose the y like archaeology.
