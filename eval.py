@@ -33,8 +33,7 @@ from data import make_mini_models as miniature
 from data.support import distributed, evaluations
 from data.support.data_files import find, muse_records, require_fit, tofu_records
 from data.support.distributed import progress, spread
-from data.support.errors import (Failure, Parser, blame, nonempty, number, one_line_errors,
-                                 require)
+from data.support.errors import Parser, blame, nonempty, number, one_line_errors, require
 from data.support.models import (Finite, check_generation, context_length, decode,
                                  generation_batches, load_pretrained, load_skeleton, rope_borders,
                                  vocabulary)
@@ -578,7 +577,7 @@ def main(argv=None):
     distributed.say(evaluations.format_table(columns))
     for entry in entries.values():
         if "unsaved" in entry:
-            raise Failure(entry["unsaved"])
+            raise OSError(entry["unsaved"])
     return 0
 
 

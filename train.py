@@ -10,6 +10,7 @@ of a step, the model and its optimizer.
 
 import data.support  # first: it sets what OpenMP reads while torch loads
 
+import copy
 import math
 import signal
 import sys
@@ -87,11 +88,11 @@ def weighted_ascent(y, weight):
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFICIAL = {"lr": 1e-5, "epochs": 10, "batch_size": 32}  # of real models: the official TOFU code
-COUNT, POSITIVE, NONNEGATIVE = number(int, low=1), number(float, above=0), number(float, low=0)
+COUNT, POSITIVE, NONNEGATIVE = number(int, 1), number(float, 1e-12), number(float, 0)
 
 
 def flags():
-    parser = Parser(__doc__, "Without --model, the miniature has some defaults of its own.")
+    parser = Parser(__doc__)
     a = parser.add_argument_group("model and data").add_argument
     a("--model", type=nonempty, help="folder or hub name; default: the built-in target, made first")
     a("--init", type=nonempty, metavar="DIR", help="random weights for DIR's config and tokenizer")
@@ -214,7 +215,7 @@ def main(argv=None):
                 log(step=step, epoch=epochs[step], **probe(state.model, forget, retain, args))
             if step > start and is_due(args.snapshots, step, epochs):
                 models.save_model(state.model.lm, empty, files, args.output / f"step-{step:06d}")
-            stop = distributed.any_rank(caught or distributed.orphaned(), args.device)
+            stop = distributed.any_rank(caught, args.device)
             due = step < total and is_due(args.save_every, step, epochs)
             if step > start and (stop or due):
                 run_folder.save_checkpoint(state, args.output, step)
@@ -252,7 +253,7 @@ def main(argv=None):
         if not any(moments["step"] for moments in state.optimizer.state.values()):
             raise FloatingPointError("fp16 gradients overflowed in every step; use --dtype fp32")
         models.save_model(state.model.lm, empty, files, args.output)
-        run_folder.finish(args)
+        run_folder.finish(args.output, args.forget)
     return 0
 
 
@@ -353,7 +354,7 @@ def update(state, losses, lr, args):
     norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
     losses = (distributed.summed(losses) / distributed.world()).tolist()
     if not all(map(math.isfinite, losses)) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise FloatingPointError(f"loss {losses}, gradient norm {norm}")
+        raise FloatingPointError(f"not finite: loss {losses}, gradient norm {norm}")
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -395,7 +396,7 @@ def probe(model, forget, retain, args):
             lengths = torch.tensor([len(e.input_ids) - e.start for e in data], device=args.device)
             record[name] = (score(model, data, args) / lengths).exp().mean().item()
             if not math.isfinite(record[name]):
-                raise FloatingPointError(f"{name} {record[name]}")
+                raise FloatingPointError(f"{name} is not finite")
     return record
 
 
@@ -444,12 +445,13 @@ def answer_token_kl(model, reference, input_ids, labels):
 def build(args):
     """The State: the model loaded, adapted and sharded, its optimizer and scaler; and the model
     without weights, for saving it."""
-    with distributed.together(), blame(args.init or args.model):
+    source, seed = (args.init, args.seed) if args.init else (args.model, None)
+    with distributed.together(), blame(source):
         dtype = torch.bfloat16 if args.bf16_weights else torch.float32
-        lm = models.load_start(args, dtype)
+        lm, _ = models.load_pretrained(source, dtype, seed)
         check_head(lm)
         with_kl = args.forget and args.retain_loss == "kl"
-        reference = models.load_start(args, dtype).requires_grad_(False) if with_kl else None
+        reference = copy.deepcopy(lm).requires_grad_(False) if with_kl else None
     autocast = DTYPES[args.dtype] if args.dtype != "fp32" and not args.bf16_weights else None
     shapes = {name: tensor.shape for name, tensor in models.savable_tensors(lm)}
     torch.manual_seed(args.seed)  # what `adapt` draws is the same on all ranks
@@ -460,7 +462,7 @@ def build(args):
         shard(model)  # layer by layer onto the card: no card holds the whole
     model.to(args.device)
     ids = torch.zeros(1, 4, dtype=torch.long, device=args.device)
-    with distributed.together(), blame(args.init or args.model, "it cannot be trained"):
+    with distributed.together(), blame(source, "it cannot be trained"):
         model(ids, ids).sum().backward()  # a bad dropout, a missing compiler ... show here
     model.zero_grad()
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16")

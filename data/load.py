@@ -12,7 +12,7 @@ A data file is JSON lines, a JSON array or plain text (data/README.md). Its reco
 import contextlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,7 +33,7 @@ class Example:
     """One tokenized sequence."""
     input_ids: list
     start: int  # tokens from here on carry loss
-    where: str = ""  # file:line, for messages
+    where: str = field(default="", repr=False)  # file:line, for messages
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import train
-from data.support import distributed
 
 
 def write_model(folder, seed=0, family=LlamaConfig, **changes):
@@ -129,7 +128,6 @@ def be_rank(rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
                    "TORCHELASTIC_RUN_ID": "test"}
-    distributed.PARENT = os.getppid()
     torch.set_num_threads(1)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import pkgutil
 import random
+import re
 import resource
 import shutil
 import signal
@@ -217,7 +218,7 @@ def test_a_loss_that_is_not_finite(what, step, named, world, undisturbed, tmp_pa
     """It stops the run and is never saved: the checkpoint before it is whole, and the run can go
     on from there."""
     status, err = run(words(LONG, world), not_finite, what, step)
-    assert status == 1 and err.startswith(f"error: run: not finite after step {named}: ")
+    assert status == 1 and re.match(f"error: run: stopped after step {named} .*not finite", err)
     saved = [f"checkpoint-{step - 1:08d}.safetensors"] * (step > 1)
     assert [p.name for p in checkpoints(tmp_path / "run")] == saved
     assert err.count("\n") == 1 and (not saved or saved[0] in err)
@@ -242,8 +243,8 @@ def test_out_of_memory(fail, world, tmp_path, capfd, monkeypatch):
     argv = words(RUN, world, "--epochs 3 --resume")
     with monkeypatch.context() as patch:
         patch.setattr(train, "retain_losses", fail)
-        assert_refused(train, argv, "out: out of memory *--max-tokens* after step 3: *"
-                       "checkpoint-00000003", capfd, status=1)
+        assert_refused(train, argv, "out: stopped after step 3 *checkpoint-00000003*: out of "
+                       "memory *--max-tokens", capfd, status=1)
     assert train.main(argv) == 0
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
     for program, argv in ((train, words(RUN, world, "--output new")),
@@ -288,14 +289,14 @@ def test_fp16_that_always_overflows(epochs, last, world, tmp_path, capfd, monkey
     monkeypatch.setattr(train, "forget_losses", overflowing(train.forget_losses, 1e38, 10**9))
     argv = words(RUN, world, f"--dtype fp16 --epochs {epochs}")
     for options in ([], ["--resume"]):
-        assert_refused(train, [*argv, *options], f"out: not finite after step {last}: fp16", capfd,
+        assert_refused(train, [*argv, *options], f"out: stopped after step {last} *: fp16", capfd,
                        status=1)
         assert len([x for x in log(tmp_path / "out") if "lr" in x]) == last
         assert not Path("out/config.json").exists()
 
 
 def test_a_table_that_cannot_be_saved_is_printed(world, capfd, monkeypatch):
-    """What took hours is not lost; what is known to be lost is not measured."""
+    """What took hours is not lost."""
     shutil.copytree(world / "model", "model")
     argv = words(TOFU.replace("{model}", "model"), world)
 
@@ -307,6 +308,14 @@ def test_a_table_that_cannot_be_saved_is_printed(world, capfd, monkeypatch):
     out, err = capfd.readouterr()
     assert "model utility" in out and err.count("\n") == 1
     assert err.startswith("error: model/eval.json: ") and "No space left" in err
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
+
+
+def test_a_folder_that_cannot_be_written_to(world, tmp_path, monkeypatch):
+    """Its results are kept in runs/, and found there."""
+    shutil.copytree(world / "model", tmp_path / "theirs")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "theirs")
+    argv = words(TOFU.replace("{model}", "theirs"), world)
+    assert evaluation.main(argv) == 0
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
-    assert_refused(evaluation, argv, "model", capfd)
+    assert evaluation.main(argv) == 0
+    assert not Path("theirs/eval.json").exists() and Path("runs/theirs/eval.json").exists()

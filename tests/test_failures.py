@@ -163,11 +163,16 @@ def test_bad_evaluation_files(name, content, place, world, tmp_path, capfd, no_w
     # output
     ("--output {model} --resume", "model: "),  # there is nothing to resume
     ("--output {model}", "model: "), ("--output {stopped}", "stopped: "),  # not empty
-    ("--output {data}/full.jsonl", "full.jsonl: "), ("--output {data}/full.jsonl/out", "full.json"),
-    ("--output /proc/out", "/proc"), ("--output " + "x" * 300, "xxx"),
+    ("--output {data}/full.jsonl", "full.jsonl: "), ("--output " + "x" * 300, "xxx"),
 ])
 def test_bad_training_arguments(options, place, world, tmp_path, capfd, no_weights):
     assert_refused(train, words(RUN, world, options), place, capfd, tmp_path, world)
+
+
+@pytest.mark.parametrize("output", ["{data}/full.jsonl/out", "/proc/out"])
+def test_a_folder_that_cannot_be_made(output, world, tmp_path, capfd):
+    argv = words(RUN, world, f"--output {output}")
+    assert_refused(train, argv, "*out: not a folder", capfd, tmp_path, world)
 
 
 @pytest.mark.parametrize("argv, place", [

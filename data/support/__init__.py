@@ -10,9 +10,7 @@ except ImportError:
     print("error: this system cannot lock files (no fcntl); use Linux, macOS, or Windows by WSL",
           file=sys.stderr)
     sys.exit(2)
-# How long a thread spins that waits for another. Beside other work OpenMP's default (300,000)
-# halves the miniature's speed; 10,000 cost nothing on a quiet machine (tests/BENCH.md).
+# How often a waiting thread looks again: OpenMP's 300,000 is slow beside other work (BENCH.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# oneDNN, which computes bf16 on a CPU, keeps what it made for each shape. With its default of 1,024
-# memory grows for hundreds of steps, as batches have shapes of their own (tests/BENCH.md).
+# For how many shapes oneDNN (bf16 on a CPU) keeps what it made: its 1,024 fill the memory.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

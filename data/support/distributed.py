@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from .errors import InputError, blame, first, require
 
-PARENT = os.getppid()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -47,8 +46,7 @@ def together():
     except InputError as e:
         message = str(e)
     for told in on_all_ranks(message):
-        if told:
-            raise InputError(told)
+        require(not told, told)
 
 
 def on_all_ranks(value):
@@ -84,11 +82,6 @@ def any_rank(flag, device):
     return summed(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
-def orphaned():
-    """Whether torchrun, which started this process, is gone."""
-    return dist.is_torchelastic_launched() and os.getppid() != PARENT
-
-
 def spread(function, model, items, *args):
     """function(model, items, *args), each rank doing its share; every rank gets all results, in
     the order of items."""
@@ -111,8 +104,6 @@ def progress(batches, what):
     return tqdm(batches, desc=what, delay=1, leave=False, disable=not first() or None)
 
 
-# Tensors that are spread over the ranks
-
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -122,15 +113,13 @@ def whole(tensor):
 
 
 def gathered(tensors):
-    """{name: whole tensor on the CPU} on rank 0, one at a time; {} on the others.
-
-    Raises FloatingPointError on all ranks when a number is not finite: that is never saved.
-    """
+    """{name: whole tensor on the CPU} on rank 0, one at a time; {} on the others. Raises
+    FloatingPointError on all ranks when a number is not finite: that is never saved."""
     kept = {}
     for name, tensor in tensors:
         tensor = whole(tensor).detach()
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"a weight of {name}")
+            raise FloatingPointError(f"{name} is not finite")
         if first():
             kept[name] = tensor.cpu().contiguous()
     return kept

@@ -1,13 +1,9 @@
-"""How input is refused and how a program ends: one `error:` line, and a status that says why.
-
-Status 2: the input is wrong, nothing was written. 1: what was begun could not be finished. A
-signal: 128 + its number.
-"""
+"""How a program ends: if it fails, with one `error:` line. Its status is 2 where the input is wrong
+(nothing was written), 1 where what was begun could not be finished, 128 + N after signal N."""
 
 import argparse
 import contextlib
 import functools
-import math
 import os
 import re
 import signal
@@ -21,10 +17,6 @@ from safetensors import SafetensorError
 
 class InputError(ValueError):
     """A mistake of the user's; the message names the place and what to do about it."""
-
-
-class Failure(RuntimeError):
-    """What stops a program that began well (a full disk, no memory left), told in full."""
 
 
 def require(condition, message):
@@ -42,51 +34,47 @@ def blame(place, what="cannot be used"):
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # whatever damaged files provoke in libraries, panics in Rust, too
-        if cause(e) == OUT_OF_MEMORY:
+        if out_of_memory(e):
             raise
         raise InputError(f"{place}: {what}: {in_short(e)}") from None
 
 
 def in_short(error):
     said = isinstance(error, OSError) and error.strerror or str(error) or type(error).__name__
-    said = re.sub(r"^\[.*?\] ", "", said)  # where in C++
-    return textwrap.shorten(said, 240, placeholder=" ...")
+    return textwrap.shorten(said, 400, placeholder=" ...")
 
 
-def cause(error):
+def out_of_memory(error):
+    """Whether the host's or the card's memory did not suffice."""
+    said = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def reason(error):
     """What stopped a program that began well, in a few words. None for a defect of the program."""
-    memory = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")  # host's, card's
-    if isinstance(error, MemoryError) or any(said in str(error) for said in memory):
-        return OUT_OF_MEMORY
-    if isinstance(error, FloatingPointError):
-        return "not finite"
-    outside = isinstance(error, (Failure, OSError, SafetensorError, dist.DistError))
-    return "stopped" if outside or "gloo" in str(error) else None  # their messages say why
+    if out_of_memory(error):
+        return f"out of memory (lower --max-tokens or --batch-size): {in_short(error)}"
+    outside = (FloatingPointError, OSError, SafetensorError, dist.DistError)
+    return in_short(error) if isinstance(error, outside) or "gloo" in str(error) else None
 
-
-OUT_OF_MEMORY = "out of memory (lower --max-tokens or --batch-size)"
-
-
-# Flags
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors, too."""
 
-    def __init__(self, description, epilog=None):
-        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the options)")
 
 
-def number(kind, low=-1e12, above=-math.inf):
-    """An argparse type: an int or float (not NaN), from `low` and above `above` up to 1e12."""
+def number(kind, low=-1e12):
+    """An argparse type: an int or float (not NaN), at least `low` and at most 1e12."""
     def convert(text):
         value = kind(text)
-        if not (low <= value <= 1e12 and value > above):
-            needed = f"more than {above}" if above > low else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text}: {needed} is needed, and 1e12 at most")
+        if not low <= value <= 1e12:
+            raise argparse.ArgumentTypeError(f"{text}: not from {low:g} to 1e12")
         return value
     convert.__name__ = kind.__name__  # argparse's messages say "invalid float value"
     return convert
@@ -106,8 +94,6 @@ def interval(text):
     return int(count), bool(epochs)
 
 
-# The end of a program
-
 def first():
     """Whether this process speaks and writes for all: torchrun's rank 0, or a process by itself."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
@@ -115,22 +101,19 @@ def first():
 
 def one_line_errors(main):
     """A main(argv) that returns its exit status and, if it fails, has printed one line on stderr.
-
-    Under torchrun, what all ranks find alike is printed by the first, other things by each.
-    """
+    Under torchrun, what all ranks find alike is printed by the first, other things by each."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except (Exception, KeyboardInterrupt) as e:
             status = {InputError: 2, KeyboardInterrupt: 128 + signal.SIGINT}.get(type(e), 1)
-            if status == 1 and not cause(e):
+            told = reason(e) if status == 1 else str(e) or "interrupted"
+            if not told:
                 raise
-            told = str(e) or "interrupted"
-            if cause(e) == OUT_OF_MEMORY and type(e) not in (InputError, Failure):
-                told = f"{OUT_OF_MEMORY}: {in_short(e)}"
             if first() or not isinstance(e, (InputError, KeyboardInterrupt, FloatingPointError)):
-                print("error: " + printable(told), file=sys.stderr)
+                notes = getattr(e, "__notes__", []) if status == 1 else []
+                print("error: " + printable(": ".join([*notes, told])), file=sys.stderr)
             return status
     return wrapped
 
@@ -143,8 +126,7 @@ def printable(text):
 @contextlib.contextmanager
 def caught_signals(*numbers):
     """Gives a list in which these signals are noted. Those that are ignored stay so, as SIGHUP is
-    under nohup; outside the main thread none is caught. A second Ctrl-C ends the process at once.
-    """
+    under nohup; outside the main thread none is caught. A second Ctrl-C ends the process."""
     caught, before = [], {}
 
     def note(number, frame):

@@ -6,7 +6,6 @@ A key is the mode, with -4bit and -16samples where these were asked, and the dat
 {split: [record]}, a record a question or text. None stands where a number has no value.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,9 +14,8 @@ from pathlib import Path
 from . import distributed
 from .errors import InputError, blame, printable, require
 from .models import fingerprint, load_skeleton
-from .run_folder import check_writable, owned, write
+from .run_folder import digest, filling, owned
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DEFINITIONS = 3  # what was measured before a metric was defined otherwise is measured again
 TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
              "real_authors": "eval_real_author_wo_options.json",
@@ -35,13 +33,11 @@ OPEN_UNLEARNING = {  # what its rows, and parts of their names, are called in ev
 
 def collect(models, reference, data, measure, read, options):
     """{column: {"settings", "values"}} of each model, then of each with its weights rounded: from
-    its eval.json if that still fits, else measured now and saved. Files are only read.
-
-    `measure`: (model, bits) -> values; `read`: values of a file -> the same, completed. InputError,
-    before hours of work, for what is missing, damaged, cannot be saved or was asked otherwise.
-    """
+    its eval.json if that still fits, else measured now and saved. `measure`: (model, bits) ->
+    values; `read`: values of a file -> the same, completed. InputError, before hours of work, for
+    what is missing, damaged or was asked otherwise."""
     mode, place = ("muse", options.muse) if options.muse else ("tofu", options.forget)
-    place = os.path.relpath(os.path.realpath(place), ROOT) if place else ""
+    place = "/".join(Path(place).resolve().parts[-2:]) if place else ""
     sampled = f"-{options.samples}samples" if options.samples else ""
     columns = {model + rounded: (f"{mode}{rounded}{sampled} {place}", model, bits)
                for bits, rounded in [(None, ""), *((b, f"-{b}bit") for b in options.quantize)]
@@ -61,19 +57,21 @@ def collect(models, reference, data, measure, read, options):
 
 
 def home(model):
-    """The file of results that a model has, or that is given instead of one."""
-    path = Path(model) if Path(model).exists() else Path("runs", model.replace("/", "--"))
+    """The file of results that is given, or that a model has: in its folder, or for a hub name and
+    a folder that cannot be written to in runs/."""
+    path = Path(model)
+    if not path.is_file() and not os.access(path, os.W_OK):
+        path = Path("runs", model.strip("/").replace("/", "--"))
     return path if path.is_file() else path / "eval.json"
 
 
 def settings_of(model, bits, data, options):
     """What determines the values of a model."""
     names = "dtype" if options.muse else "template system date limit max_new_tokens dtype"
-    content = {name: json.dumps([{**record, "where": None} for record in records]).encode()
+    content = {name: digest([{**record, "where": None} for record in records])
                for name, records in data.items()}
     return {**{name: getattr(options, name) for name in names.split()}, "bits": bits,
-            "data": {name: hashlib.sha256(x).hexdigest()[:16] for name, x in content.items()},
-            "definitions": DEFINITIONS, "weights": fingerprint(model)}
+            "data": content, "definitions": DEFINITIONS, "weights": fingerprint(model)}
 
 
 def saved_entry(key, model, bits, data, read, options):
@@ -92,7 +90,6 @@ def saved_entry(key, model, bits, data, read, options):
             entry.get("settings") != settings_of(model, bits, data, options)):
         require(data, f"{model}: no saved results; --forget or --muse says on what to evaluate it")
         load_skeleton(model)
-        check_writable(path.parent)
         return None
     with blame(path, f"its {key} is not as eval.py writes it"):
         return {**entry, "values": read(entry["values"])}
@@ -108,11 +105,12 @@ def run(key, model, bits, data, measure, options):
         try:
             with blame(path, "cannot be written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with owned(path.parent):
+                with owned(path.parent), filling(path.parent) as scratch:
                     held = read_results(path) if path.exists() else {}
                     held.pop(key, None)  # the newest stands last
                     content = {"model": model, "evaluations": {**held, key: entry}}
-                    write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+                    content = json.dumps(content, indent=1, allow_nan=False)
+                    (scratch / path.name).write_text(content + "\n")
         except InputError as e:  # no room, or what others have put there meanwhile
             entry["unsaved"] = f"{e}; the results are only printed"
     return entry
@@ -133,17 +131,16 @@ def format_table(columns):
     """{model: {row: number or reason}} -> a Markdown table with a footnote for each reason."""
     names = [Path(name.removesuffix("/eval.json")).name for name in columns]
     names = names if len({*names}) == len(names) else columns
-    rows = dict.fromkeys(row for column in columns.values() for row in column)
-    found = [[column.get(row, "not measured") for column in columns.values()] for row in rows]
-    reasons = list(dict.fromkeys(x for line in found for x in line if isinstance(x, str)))
-    cells = [[f"- [{reasons.index(x) + 1}]" if isinstance(x, str) else f"{x:.6g}" for x in line]
-             for line in found]
-    lines = [["", *names], *([row, *line] for row, line in zip(rows, cells))]
+    lines, reasons = [["", *names]], {}
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        found = [column.get(row, "not measured") for column in columns.values()]
+        lines.append([row, *(f"- [{reasons.setdefault(x, len(reasons) + 1)}]"
+                             if isinstance(x, str) else f"{x:.6g}" for x in found)])
     lines = [[printable(x).replace("|", r"\|") for x in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join([*(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines), "",
-                      *(f"[{i}] {printable(x)}  " for i, x in enumerate(reasons, 1))])
+                      *(f"[{number}] {printable(x)}  " for x, number in reasons.items())])
 
 
 def read_results(path):
@@ -163,15 +160,16 @@ def read_results(path):
 def tofu_log(log):
     """The records of a split of TOFU's eval_log_aggregated.json."""
     columns = {field: numbered(log[name]) for field, name in TOFU_COLUMNS.items()}
-    columns["answer"] = numbered(log.get("generated_text", {}), 2)  # [prompt, continuation, answer]
-    return records_of(columns)
+    texts = numbered(log.get("generated_text", {}))  # [prompt, continuation, answer]
+    return records_of({**columns, "answer": {i: text[2] for i, text in texts.items()}})
 
 
 def open_unlearning_log(log):
     """OpenUnlearning's TOFU_EVAL.json. Its values are what eval.py can compute with: R (1/R there),
     Min-40% scores, answers. Its rows are all that it says itself."""
     def column(part, field):
-        return numbered(part.get("value_by_index") or {}, field)
+        values = numbered(part.get("value_by_index") or {})
+        return {i: value[field] for i, value in values.items() if field in value}
 
     attack, inverse = log.get("mia_min_k", {}), column(log.get("forget_truth_ratio", {}), "score")
     ratios = {i: None if x is None else 1 / max(x, 1e-307) for i, x in inverse.items()}
@@ -190,11 +188,10 @@ def open_unlearning_log(log):
             "rows": rows}
 
 
-def numbered(column, field=None):
-    """{question number: value, or this field of it} of a list, or of a dict with such keys."""
+def numbered(column):
+    """{question number: value} of a list, or of a dict with such keys."""
     pairs = enumerate(column) if isinstance(column, list) else column.items()
-    return {int(i): value if field is None else value[field] for i, value in pairs
-            if field is None or isinstance(value, list) or field in value}
+    return {int(i): value for i, value in pairs}
 
 
 def records_of(columns):

@@ -1,7 +1,5 @@
-"""Model folders and hub names: opened safely or refused with a reason, saved as they were opened.
-
-Only safetensors are read; no remote code runs.
-"""
+"""Models: opened from a folder or hub name, or refused with a reason, and saved. Only safetensors
+are read; no remote code runs."""
 
 import copy
 import functools
@@ -21,7 +19,7 @@ from transformers.utils.hub import get_session, hf_hub_url, snapshot_download
 from . import distributed
 from .data_files import POINTER, POINTER_SAYS
 from .errors import blame, require
-from .run_folder import filling
+from .run_folder import digest, filling
 
 logging.set_verbosity(logging.CRITICAL)  # what matters is said once, by InputError
 if not sys.stderr.isatty():
@@ -32,8 +30,6 @@ OWN_FILES = (".json", ".jinja", ".txt", ".model")  # configs, tokenizer, chat te
 # Weights that a causal model may have in its file and does not need: buffers, heads of values.
 SPARE = re.compile(r"rotary_emb|inv_freq|attn\.(masked_)?bias$|^(v_head|value_head|score)\.")
 
-
-# Opening
 
 @functools.cache
 def folder_of(path):
@@ -52,12 +48,15 @@ def folder_of(path):
                                       local_files_only=offline))
 
 
-def load_pretrained(path, dtype=torch.float32):
-    """The causal language model and tokenizer at a folder or hub name.
-
-    Raises InputError for anything but a complete causal model with a tokenizer that has an EOS.
-    """
-    skeleton, tokenizer = load_skeleton(path)
+def load_pretrained(path, dtype=torch.float32, seed=None):
+    """The causal language model and tokenizer at a folder or hub name; with a seed, the weights are
+    random. InputError unless the model is complete and causal, its tokenizer with an EOS."""
+    skeleton, tokenizer = load_skeleton(path, weights=seed is None)
+    if seed is not None:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(skeleton.config, dtype=dtype, **SAFE).eval()
+        check_causal(path, model)
+        return model, tokenizer
     with blame(path, "the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder_of(path), config=skeleton.config, dtype=dtype, use_safetensors=True,
@@ -70,17 +69,6 @@ def load_pretrained(path, dtype=torch.float32):
         tensor.data = tensor.data.clone()  # else it changes if its file is written over in place
     check_causal(path, model)
     return model, tokenizer
-
-
-def load_start(args, dtype):
-    """The model that train.py starts from: --model, or --init's config with random weights."""
-    if not args.init:
-        return load_pretrained(args.model, dtype)[0]
-    config = load_skeleton(args.init, weights=False)[0].config
-    torch.manual_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **SAFE).eval()
-    check_causal(args.init, model)
-    return model
 
 
 def load_skeleton(path, weights=True):
@@ -128,15 +116,13 @@ def rope_borders(model):
             if isinstance(table, dict) and table.get("rope_type") == "longrope"]
 
 
-# Refusing
-
 def check_folder(path, weights):
     """Raise InputError unless all files of a model are in its folder themselves, the weights as
     safetensors: transformers would open a pickle that an index names, or a file elsewhere."""
     with blame(path):
         files = {file.name: file for file in folder_of(path).iterdir() if file.is_file()}
-        pointers = [file for file in files.values() if POINTER.match(file.open("rb").read(1000))]
-        require(not pointers, f"{pointers and pointers[0]}: {POINTER_SAYS}")
+        for file in files.values():
+            require(not POINTER.match(file.open("rb").read(1000)), f"{file}: {POINTER_SAYS}")
         held = {name for name in files if name.endswith(".safetensors")}
         index = files.get("model.safetensors.index.json")
         shards = {*json.loads(index.read_bytes())["weight_map"].values()} if index else held
@@ -187,8 +173,6 @@ def require_same(model, logits, expected):
         atol=max(1e-4, 4 * torch.finfo(model.dtype).eps) * largest)
 
 
-# Generating
-
 def generation_batches(model, prompts, room, batch_size):
     """Index lists of prompts of equal room and like length, the longest first. Of equal length if
     the generation_config looks back, which would take the padding for text, or where one may cross
@@ -221,8 +205,6 @@ class Finite(list):
         return scores
 
 
-# Saving
-
 def own_files(path):
     """What a model folder holds besides weights: configs, tokenizer, chat template."""
     return [file for file in sorted(folder_of(path).iterdir()) if file.suffix in OWN_FILES
@@ -239,13 +221,8 @@ def check_savable(path, model):
 
 def fingerprint(path):
     """A hash of what decides a model's answers, wherever it lies: configs, tokenizer, weights."""
-    digest = hashlib.sha256()
-    for file in [*own_files(path), *sorted(folder_of(path).glob("*.safetensors"))]:
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while block := content.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    files = [*own_files(path), *sorted(folder_of(path).glob("*.safetensors"))]
+    return digest([(f.name, hashlib.file_digest(f.open("rb"), "sha256").digest()) for f in files])
 
 
 def save_model(model, empty, files, folder):

@@ -13,10 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
-import tempfile
 
 import torch
 from safetensors import safe_open
@@ -24,22 +22,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import distributed
-from .data_files import find
-from .errors import Failure, blame, caught_signals, cause, in_short, require
+from .errors import blame, caught_signals, require
 
 # What may differ when a run goes on; instead of names of files, their content is compared.
 FREE = {"output", "resume", "device", "forget", "retain", "model", "init", "save_every",
         "snapshots", "max_tokens", "checkpointing", "compile"}
 LOG, HALF_DONE = "metrics.jsonl", ".half-done"
-
-
-# Files that are there whole or not at all, and that have one owner at a time
-
-def check_writable(path):
-    """Raise InputError unless a file can be made in this folder, or in what exists above it."""
-    with blame(path, "not a folder that can be written to"):
-        folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager
@@ -72,12 +60,6 @@ def fsync(path):
         os.close(descriptor)
 
 
-def write(path, text):
-    """Put a text file in place whole."""
-    with filling(path.parent) as scratch:
-        (scratch / path.name).write_text(text)
-
-
 @contextlib.contextmanager
 def owned(path, busy=None):
     """Hold the lock of a folder, or of a file, which is made. If another process has it: wait, or
@@ -92,12 +74,9 @@ def owned(path, busy=None):
         yield
 
 
-# Before a run
-
-def digest(examples):
-    """A hash of what a model sees of these Examples."""
-    seen = [(e.input_ids, e.start) for e in examples]
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+def digest(content):
+    """A hash of data: Examples (without where they come from), lists, dicts, texts, numbers."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def start_step(output, settings, resume):
@@ -105,8 +84,8 @@ def start_step(output, settings, resume):
     complete. Raises InputError if anything but this very run is there; rank 0 alone looks."""
     if not distributed.first():
         return None
-    check_writable(output)
-    held = [*output.iterdir()] if output.exists() else []
+    with blame(output):
+        held = [*output.iterdir()] if output.exists() else []
     names = {p.name for p in held if p.name != HALF_DONE and (p.name != LOG or p.stat().st_size)}
     path = output / "args.json"
     require(not names or resume and path.name in names, f"{output}: already holds a run or other "
@@ -133,21 +112,17 @@ def is_finished(folder):
     return True
 
 
-# During a run
-
 @contextlib.contextmanager
 def session(args, settings, start, total):
     """What is around the loop: gives log(**record), the place for one's own tracker (wandb ...),
     and the list of signals caught. An error names the checkpoint to go on from."""
     output, path = args.output, args.output / LOG if distributed.first() else os.devnull
     with contextlib.ExitStack() as stack:
-        with distributed.together():
+        with distributed.together(), blame(output, "not a folder that can be written to"):
             if distributed.first():
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(owned(path, f"{output}: another process is training into this "
                                           "folder; wait for it, or pass another --output"))
-                require(start_step(output, settings, args.resume) == start,
-                        f"{output}: another process has trained into this folder meanwhile")
         caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         bar = stack.enter_context(tqdm(total=total, initial=start, desc=str(output), unit="step",
                                        disable=not distributed.first() or None))
@@ -159,23 +134,19 @@ def session(args, settings, start, total):
 
         try:
             if distributed.first() and not start:
-                write(output / "args.json", json.dumps(settings, indent=1, default=str) + "\n")
+                with filling(output) as scratch:
+                    content = json.dumps(settings, indent=1, default=str) + "\n"
+                    (scratch / "args.json").write_text(content)
             with open(path, "a" if start else "w", buffering=1) as file:
                 yield log, caught
         except Exception as e:
-            what = cause(e)
-            if not what:
-                raise
             newest = next((p.name for p in checkpoints(output)), "the start")
-            # All ranks find a loss that is not finite, so that only one prints it.
-            kind = FloatingPointError if what == "not finite" else Failure
-            raise kind(f"{output}: {what} after step {bar.n}: {in_short(e)}; --resume goes "
-                       f"on from {newest}") from None
+            e.add_note(f"{output}: stopped after step {bar.n} (--resume goes on from {newest})")
+            raise
 
 
-def finish(args):
+def finish(output, forget):
     """Remove the checkpoints of a finished run; print what came of it, and what is next."""
-    output = args.output
     if distributed.first():
         for path in checkpoints(output):
             path.unlink()
@@ -186,13 +157,10 @@ def finish(args):
         skipped = sum("skipped" in record for record in records)
         note = f"; fp16 skipped {skipped} steps" if skipped else ""
         distributed.say(f"{output}: answer probability {', '.join(changes)}{note}")
-        flags = [word for name in ("forget", "template", "system", "date") if getattr(args, name)
-                 for word in (f"--{name}", getattr(args, name))]
-        if args.forget and find(args.forget).parent.name != "raw":  # MUSE's: python eval.py --muse
-            distributed.say("Next: " + shlex.join(["python", "eval.py", str(output), *flags]))
+        if forget:
+            distributed.say(f"Next: python eval.py {output} --forget {forget} (MUSE: --muse FOLDER; "
+                            "--template, --system and --date as here)")
 
-
-# Checkpoints
 
 def checkpoints(folder):
     """The checkpoints in a folder, newest first."""
@@ -221,7 +189,8 @@ def load_checkpoint(state, output, step):
     saved, scaler = {}, state.scaler.state_dict()
     with distributed.together():  # rank 0 reads and checks, the others get their parts from it
         if step and distributed.first():
-            saved, about = read_checkpoint(checkpoints(output)[0], step, parameters)
+            path = output / f"checkpoint-{step:08d}.safetensors"
+            saved, about = read_checkpoint(path, step, parameters)
             (output / LOG).write_text(about["log"])
             scaler = about["scaler"]
     for name in distributed.from_first([*saved]):
