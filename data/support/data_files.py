@@ -29,8 +29,8 @@ def find(path):
         names = data_files(folder)
         if path.is_dir() and len(names) == 1:
             return path / names[0]
-    raise InputError(f"{path}: no such data file; {folder} has {', '.join(names[:20]) or 'none'}; "
-                     "real TOFU and MUSE: python data/download.py")
+    raise InputError(f"{path}: no such data file; {folder} has {', '.join(names[:20]) or 'none'} "
+                     "(real TOFU and MUSE: python data/download.py)")
 
 
 def data_files(folder):
@@ -47,8 +47,8 @@ def retain_beside(forget):
 
 
 def read_records(path, kind=None):
-    """The checked records of a data file: dicts of one kind (a key of KINDS; of this kind, if one is
-    given), with their file:line as "where"."""
+    """The checked records of a data file: dicts of one kind, a key of KINDS (this one, if given),
+    each with its file:line as "where"."""
     path = find(path)
     text = read_text(path)
     values = [(f"{path}:1", text)] if path.suffix == ".txt" else json_values(path, text)

@@ -158,8 +158,8 @@ def finish(output, forget):
         note = f"; fp16 skipped {skipped} steps" if skipped else ""
         distributed.say(f"{output}: answer probability {', '.join(changes)}{note}")
         if forget:
-            distributed.say(f"Next: python eval.py {output} --forget {forget} (MUSE: --muse FOLDER; "
-                            "--template, --system and --date as here)")
+            distributed.say(f"Next: python eval.py {output} --forget {forget} (MUSE: --muse FOLDER"
+                            "; --template, --system and --date as here)")
 
 
 def checkpoints(folder):
