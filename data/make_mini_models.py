@@ -70,8 +70,8 @@ def make(folder):
             examples = load_examples(find(data), load_tokenizer(TOKENIZER), 2048)
             with blame(settings, f"cannot be compared with {data}"):
                 same = json.loads(settings.read_text())["retain data"] == digest(examples)
-            require(same, f"{folder}: not made from what {data} holds now, or by another version; "
-                    "delete it")
+            require(same, f"{folder}: made from other data than {data} holds now, or by another "
+                    "version; delete it")
         return
     require(not dist.is_initialized(), f"{folder}: not made yet; run this once without torchrun")
     command = [sys.executable, TRAIN, "--retain", data, "--output", folder, "--resume"]
