@@ -6,8 +6,8 @@
 
 MODEL is a folder or hub name of a causal model, an eval.json written here, TOFU's
 eval_log_aggregated.json or OpenUnlearning's TOFU_EVAL.json. Every per-example value, the generated
-texts included, is kept in an eval.json in the model's folder (for a hub name in runs/) and not
-measured again. On the built-in data, without --reference, target and retrained model are shown.
+texts included, is kept in an eval.json in the model's folder, or in runs/ (hub names, read-only
+folders), and not measured again. Built-in data shows target and retrained model, too.
 """
 
 import data.support  # first: it sets what OpenMP reads while torch loads
