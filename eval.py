@@ -557,7 +557,8 @@ def main(argv=None):
     options = arguments(argv)
     distributed.start(options.device)
     distributed.agree("eval.py", vars(options) | {"device": None})  # each may have its own
-    data, models, reference, evaluate, metrics = (muse if options.muse else tofu)(options)
+    with distributed.together():
+        data, models, reference, evaluate, metrics = (muse if options.muse else tofu)(options)
     if isinstance(reference, str) and reference not in models:
         models = [reference, *models]
 
@@ -588,12 +589,11 @@ def tofu(options):
     data = tofu_records(forget, options.limit) if forget else {}
     if forget and not reference and miniature.is_builtin(forget):  # make what to compare with
         target, reference = miniature.target_and_retrained(forget)
-        with distributed.together():
-            for model in models:
-                if model not in (target, reference) and not Path(model).is_file():
-                    load_skeleton(model)  # refuses a bad one before minutes of work
-            for folder in (target, reference):
-                miniature.make(Path(folder))
+        for model in models:
+            if model not in (target, reference) and not Path(model).is_file():
+                load_skeleton(model)  # refuses a bad one before minutes of work
+        for folder in (target, reference):
+            miniature.make(Path(folder))
         models = [target, reference, *models]
     return data, models, reference, evaluate_tofu, tofu_metrics
 

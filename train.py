@@ -251,7 +251,7 @@ def main(argv=None):
             tokens += sum(len(retain[i].input_ids) for i in retain_indices)
             log(step=step, **record, tokens_per_s=round(tokens / (time.time() - began), 1))
         if not any(moments["step"] for moments in state.optimizer.state.values()):
-            raise FloatingPointError("fp16 gradients overflowed in every step; use --dtype fp32")
+            raise FloatingPointError("fp16 gradients overflowed in every step; begin anew in fp32")
         models.save_model(state.model.lm, empty, files, args.output)
         run_folder.finish(args.output, args.forget)
     return 0
@@ -361,7 +361,7 @@ def update(state, losses, lr, args):
     optimizer.zero_grad()
     skipped = scaler.get_scale() < scale
     if skipped and scale <= 1:
-        raise FloatingPointError("fp16 gradients overflow at every scale; --dtype bf16 or fp32")
+        raise FloatingPointError("fp16 gradients overflow at every scale; begin anew in fp32")
     record = {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}  # JSON has no NaN
     if args.forget:
         record["forget_loss"] = losses[0]

@@ -310,6 +310,16 @@ def test_a_table_that_cannot_be_saved_is_printed(world, capfd, monkeypatch):
     assert err.startswith("error: model/eval.json: ") and "No space left" in err
 
 
+def test_another_process_has_trained_meanwhile(world, capfd, monkeypatch):
+    """While this one loaded its model: what the other left is not written over."""
+    build = train.build
+    monkeypatch.setattr(train, "build", lambda args: (
+        shutil.copytree(world / "stopped", "out"), build(args))[1])
+    assert_refused(train, words(RUN, world), "out: already holds", capfd)
+    for path in (world / "stopped").iterdir():
+        assert Path("out", path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_folder_that_cannot_be_written_to(world, tmp_path, monkeypatch):
     """Its results are kept in runs/, and found there."""
     shutil.copytree(world / "model", tmp_path / "theirs")
@@ -319,3 +329,5 @@ def test_a_folder_that_cannot_be_written_to(world, tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     assert evaluation.main(argv) == 0
     assert not Path("theirs/eval.json").exists() and Path("runs/theirs/eval.json").exists()
+    shutil.move("runs/theirs/eval.json", "theirs")  # by its owner
+    assert evaluation.main(argv) == 0

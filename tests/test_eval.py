@@ -520,7 +520,7 @@ def test_saved_results_are_used_and_kept(pair, tofu, tmp_path, capsys, monkeypat
     Path(model, "eval.json").rename(tmp_path / "m.json")
     assert run(tmp_path / "m.json", "--forget", tofu) == 0  # no settings asked for: only printed
     assert table_of(capsys.readouterr().out) == first | {"": ["m.json"]}
-    assert "choose one with --forget" in error_of(capsys, tmp_path / "m.json")
+    assert "choose one of these" in error_of(capsys, tmp_path / "m.json")
     (tmp_path / "m.json").rename(tmp_path / "m" / "eval.json")
     calls = []
     monkeypatch.setattr(evaluation, "load", lambda *args: (None, None))
@@ -1054,6 +1054,11 @@ def test_samples_and_rounded_weights_are_columns_and_rows(pair, tofu, capsys):
     assert json.loads(Path(pair[0], "eval.json").read_text())["evaluations"] == held
     capsys.readouterr()
     assert run(Path(pair[0], "eval.json")) == 0  # what is shown is the model as it is
+    assert cells(capsys, "forget probability") == table["forget probability"][:1]
+    results = Path(pair[0]).with_name("results")  # without the model there is nothing to round
+    results.mkdir()
+    shutil.copy(Path(pair[0], "eval.json"), results)
+    assert run(results, "--quantize", 3) == 0
     assert cells(capsys, "forget probability") == table["forget probability"][:1]
 
 

@@ -10,7 +10,7 @@ except ImportError:
     print("error: this system cannot lock files (no fcntl); use Linux, macOS, or Windows by WSL",
           file=sys.stderr)
     sys.exit(2)
-# How often a waiting thread looks again: OpenMP's 300,000 is slow beside other work (BENCH.md).
+# Spins of a waiting thread: OpenMP's 300,000 are slow on a busy machine (tests/BENCH.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# For how many shapes oneDNN (bf16 on a CPU) keeps what it made: its 1,024 fill the memory.
+# Shapes for which oneDNN (bf16 on a CPU) keeps its code: its default, 1,024, fills the memory.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -12,8 +12,8 @@ from .errors import InputError, blame, require
 SUFFIXES = (".jsonl", ".json", ".txt")
 KINDS = {"question": ("question", "answer"), "text": ("text",), "input_ids": ("input_ids",),
          "prompt": ("prompt", "gt")}
-# Fields that may stand beside those above. Any other that holds more than a number may say what is
-# to be learnt (choices, context, messages, labels ...): read past, it would be half understood.
+# Fields that may stand beside those above. Any other that holds more than a number may say what to
+# learn (choices, context, messages, labels ...), so it is refused.
 ABOUT = set("""paraphrased_answer perturbed_answer paraphrased_question id idx index uuid source
     url task type category topic subject domain split author name title""".split())
 
@@ -146,7 +146,7 @@ def check_record(where, record):
                 f"{where}: input_ids must be a list of two or more token numbers")
         return record
     answers = record.get("perturbed_answer", ["none"])
-    require(isinstance(answers, list) and answers, f"{where}: perturbed_answer must be a list")
+    require(isinstance(answers, list) and answers, f"{where}: perturbed_answer must list texts")
     fields |= {f"perturbed_answer[{i}]": answer for i, answer in enumerate(answers)}
     fields["paraphrased_answer"] = record.get("paraphrased_answer", "none")
     for name, value in fields.items():
@@ -177,8 +177,8 @@ def check_disjoint(forget, retain):
 
 
 def tofu_records(forget, limit):
-    """{split: its first records} of the files that TOFU's evaluation of a forget file needs beside
-    it: with false answers, but for a holdout (forget05: holdout05), which no model has seen."""
+    """{split: its first records} of TOFU's evaluation files for a forget file. All have false
+    answers but the holdout (forget05: holdout05), which no model has seen."""
     stem = forget.stem.removesuffix("_perturbed")
     names = {"forget": stem, "retain": "retain", "real_authors": "real_authors",
              "world_facts": "world_facts"}

@@ -25,7 +25,7 @@ def world():
 
 def start(name):
     """Check the device, make it this process's (its own card where there are several), and join the
-    other processes, if torchrun has started them: it alone says who and where they are."""
+    other processes, if torchrun has started them."""
     with blame(f"--device {name}"):
         device = torch.device(name)
         if device.type == "cuda":
@@ -90,7 +90,7 @@ def spread(function, model, items, *args):
 
 
 def say(text):
-    """Print what one rank is enough for, with ? for what stdout cannot show; it may be closed."""
+    """Print on rank 0 only, with ? for what stdout cannot show; stdout may be closed."""
     if first():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
@@ -102,10 +102,6 @@ def say(text):
 def progress(batches, what):
     """A bar for what takes over a second; none when stderr is no terminal."""
     return tqdm(batches, desc=what, delay=1, leave=False, disable=not first() or None)
-
-
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):

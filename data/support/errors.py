@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 
 import torch.distributed as dist
@@ -36,12 +35,12 @@ def blame(place, what="cannot be used"):
     except BaseException as e:  # whatever damaged files provoke in libraries, panics in Rust, too
         if out_of_memory(e):
             raise
-        raise InputError(f"{place}: {what}: {in_short(e)}") from None
+        said = getattr(e, "strerror", None) or e  # without the file, which `place` names
+        raise InputError(f"{place}: {what}: {in_short(said)}") from None
 
 
 def in_short(error):
-    said = isinstance(error, OSError) and error.strerror or str(error) or type(error).__name__
-    return textwrap.shorten(said, 400, placeholder=" ...")
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def out_of_memory(error):
@@ -53,9 +52,9 @@ def out_of_memory(error):
 def reason(error):
     """What stopped a program that began well, in a few words. None for a defect of the program."""
     if out_of_memory(error):
-        return f"out of memory (lower --max-tokens or --batch-size): {in_short(error)}"
+        return f"out of memory (lower --max-tokens, eval.py's --batch-size): {in_short(error)}"
     outside = (FloatingPointError, OSError, SafetensorError, dist.DistError)
-    return in_short(error) if isinstance(error, outside) or "gloo" in str(error) else None
+    return in_short(error) if isinstance(error, outside) or "/gloo/" in str(error) else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +73,7 @@ def number(kind, low=-1e12):
     def convert(text):
         value = kind(text)
         if not low <= value <= 1e12:
-            raise argparse.ArgumentTypeError(f"{text}: not from {low:g} to 1e12")
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low:g} to 1e12")
         return value
     convert.__name__ = kind.__name__  # argparse's messages say "invalid float value"
     return convert
@@ -101,7 +100,7 @@ def first():
 
 def one_line_errors(main):
     """A main(argv) that returns its exit status and, if it fails, has printed one line on stderr.
-    Under torchrun, what all ranks find alike is printed by the first, other things by each."""
+    Under torchrun rank 0 alone prints what all ranks raise; until they are joined each does."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -111,7 +110,8 @@ def one_line_errors(main):
             told = reason(e) if status == 1 else str(e) or "interrupted"
             if not told:
                 raise
-            if first() or not isinstance(e, (InputError, KeyboardInterrupt, FloatingPointError)):
+            alike = isinstance(e, (InputError, KeyboardInterrupt, FloatingPointError))
+            if first() or not (alike and dist.is_initialized()):
                 notes = getattr(e, "__notes__", []) if status == 1 else []
                 print("error: " + printable(": ".join([*notes, told])), file=sys.stderr)
             return status

@@ -16,7 +16,8 @@ from .errors import InputError, blame, printable, require
 from .models import fingerprint, load_skeleton
 from .run_folder import digest, filling, owned
 
-DEFINITIONS = 3  # what was measured before a metric was defined otherwise is measured again
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEFINITIONS = 3  # raised when a metric is defined otherwise: older results are measured again
 TOFU_LOGS = {"forget": "eval_log_forget.json", "retain": "eval_log.json",
              "real_authors": "eval_real_author_wo_options.json",
              "world_facts": "eval_real_world_wo_options.json"}
@@ -37,11 +38,12 @@ def collect(models, reference, data, measure, read, options):
     values; `read`: values of a file -> the same, completed. InputError, before hours of work, for
     what is missing, damaged or was asked otherwise."""
     mode, place = ("muse", options.muse) if options.muse else ("tofu", options.forget)
-    place = "/".join(Path(place).resolve().parts[-2:]) if place else ""
+    place = os.path.relpath(os.path.realpath(place), ROOT) if place else ""
     sampled = f"-{options.samples}samples" if options.samples else ""
     columns = {model + rounded: (f"{mode}{rounded}{sampled} {place}", model, bits)
                for bits, rounded in [(None, ""), *((b, f"-{b}bit") for b in options.quantize)]
-               for model in models if not bits or not Path(model).is_file()}
+               for model in models
+               if not bits or not Path(model).exists() or Path(model, "config.json").is_file()}
     with distributed.together():
         saved = {name: saved_entry(*column, data, read, options)
                  for name, column in columns.items()}
@@ -57,10 +59,10 @@ def collect(models, reference, data, measure, read, options):
 
 
 def home(model):
-    """The file of results that is given, or that a model has: in its folder, or for a hub name and
-    a folder that cannot be written to in runs/."""
+    """The file of results: the one given, or the model's, in its folder or, for a hub name or a
+    read-only folder without one, in runs/."""
     path = Path(model)
-    if not path.is_file() and not os.access(path, os.W_OK):
+    if not path.is_file() and not (path / "eval.json").exists() and not os.access(path, os.W_OK):
         path = Path("runs", model.strip("/").replace("/", "--"))
     return path if path.is_file() else path / "eval.json"
 
@@ -84,11 +86,11 @@ def saved_entry(key, model, bits, data, read, options):
         asked = f"{kind.split('-')[0]}(-[0-9]+samples)?( {re.escape(place) or '.*'})?"
         found = [name for name in held if re.fullmatch(asked, name)]
         require(len({name.partition(" ")[2] for name in found}) == 1, f"{path}: holds "
-                f"{', '.join(held) or 'nothing'}; asked for {key}; choose one with --forget")
+                f"{', '.join(held) or 'nothing'}; asked for {key}; choose one of these")
         entry = held[found[-1]]  # the newest
     elif options.force or not isinstance(entry, dict) or (
             entry.get("settings") != settings_of(model, bits, data, options)):
-        require(data, f"{model}: no saved results; --forget or --muse says on what to evaluate it")
+        require(data, f"{model}: --forget or --muse must say on what to evaluate it")
         load_skeleton(model)
         return None
     with blame(path, f"its {key} is not as eval.py writes it"):
@@ -109,8 +111,8 @@ def run(key, model, bits, data, measure, options):
                     held = read_results(path) if path.exists() else {}
                     held.pop(key, None)  # the newest stands last
                     content = {"model": model, "evaluations": {**held, key: entry}}
-                    content = json.dumps(content, indent=1, allow_nan=False)
-                    (scratch / path.name).write_text(content + "\n")
+                    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+                    (scratch / path.name).write_text(text)
         except InputError as e:  # no room, or what others have put there meanwhile
             entry["unsaved"] = f"{e}; the results are only printed"
     return entry
@@ -166,7 +168,7 @@ def tofu_log(log):
 
 def open_unlearning_log(log):
     """OpenUnlearning's TOFU_EVAL.json. Its values are what eval.py can compute with: R (1/R there),
-    Min-40% scores, answers. Its rows are all that it says itself."""
+    Min-40% scores, answers. Its rows: all its own aggregates."""
     def column(part, field):
         values = numbered(part.get("value_by_index") or {})
         return {i: value[field] for i, value in values.items() if field in value}

@@ -52,21 +52,20 @@ def load_pretrained(path, dtype=torch.float32, seed=None):
     """The causal language model and tokenizer at a folder or hub name; with a seed, the weights are
     random. InputError unless the model is complete and causal, its tokenizer with an EOS."""
     skeleton, tokenizer = load_skeleton(path, weights=seed is None)
-    if seed is not None:
+    if seed is None:
+        with blame(path, "the model cannot be loaded"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder_of(path), config=skeleton.config, dtype=dtype, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
+        wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"]),
+                 *(name for name in info["unexpected_keys"] if not SPARE.search(name))}
+        require(not wrong, f"{path}: {len(wrong)} weights are missing, of another shape or unknown "
+                f"to config.json: {min(wrong, default='')} ...; they do not belong together")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # else it changes if its file is written over
+    else:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(skeleton.config, dtype=dtype, **SAFE).eval()
-        check_causal(path, model)
-        return model, tokenizer
-    with blame(path, "the model cannot be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder_of(path), config=skeleton.config, dtype=dtype, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
-    wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"]),
-             *(name for name in info["unexpected_keys"] if not SPARE.search(name))}
-    require(not wrong, f"{path}: {len(wrong)} weights are missing, of another shape or unknown to "
-            f"config.json: {min(wrong, default='')} ...; they do not belong together")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # else it changes if its file is written over in place
     check_causal(path, model)
     return model, tokenizer
 
@@ -109,8 +108,8 @@ def context_length(model):
 
 
 def rope_borders(model):
-    """The lengths beyond which the model turns all positions by another table (LongRoPE), which
-    the longest text of a batch decides: texts of both sides do not belong in one."""
+    """The lengths beyond which LongRoPE turns a whole batch by another table, if its longest text
+    is longer: a batch has texts of one side only."""
     tables = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return [table["original_max_position_embeddings"] for table in (tables, *tables.values())
             if isinstance(table, dict) and table.get("rope_type") == "longrope"]
@@ -209,7 +208,8 @@ def own_files(path):
     """What a model folder holds besides weights: configs, tokenizer, chat template."""
     return [file for file in sorted(folder_of(path).iterdir()) if file.suffix in OWN_FILES
             and file.is_file() and not file.name.startswith(".")
-            and not file.name.endswith(("args.json", "eval.json", ".index.json"))]
+            and not file.name.endswith(("args.json", "eval.json", "EVAL.json",
+                                        "eval_log_aggregated.json", ".index.json"))]
 
 
 def check_savable(path, model):

@@ -1,8 +1,7 @@
 """AdamW for weights, gradients and moments that are all kept in bf16 (--bf16-weights)."""
 
 import torch
-
-from .distributed import local
+from torch.distributed.tensor import DTensor
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -27,7 +26,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 step = state["step"].item()
                 stored = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                parts = [local(t).view(-1).split(2**24) for t in stored]
+                own = [t.to_local() if isinstance(t, DTensor) else t for t in stored]
+                parts = [t.view(-1).split(2**24) for t in own]
                 for chunk in zip(*parts):  # bounds the fp32 copies
                     self.update(*chunk, step, **group)
 

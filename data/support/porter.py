@@ -75,8 +75,7 @@ def restore(stem):
 
 
 def replace(word, rules, least):
-    """The word with its suffix replaced by a step's rules, if what stands before it measures at
-    least so much."""
+    """The word with its suffix replaced by a step's rules if its rest measures at least `least`."""
     suffix = next((suffix for suffix in rules if word.endswith(suffix)), "")
     stem = word.removesuffix(suffix)
     # NLTK counts the l of -logi as well: geology and theology lose the y like archaeology.

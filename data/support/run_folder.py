@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import distributed
 from .errors import blame, caught_signals, require
 
-# What may differ when a run goes on; instead of names of files, their content is compared.
+# What may change on --resume. Files are compared by content, not by name.
 FREE = {"output", "resume", "device", "forget", "retain", "model", "init", "save_every",
         "snapshots", "max_tokens", "checkpointing", "compile"}
 LOG, HALF_DONE = "metrics.jsonl", ".half-done"
@@ -62,8 +62,8 @@ def fsync(path):
 
 @contextlib.contextmanager
 def owned(path, busy=None):
-    """Hold the lock of a folder, or of a file, which is made. If another process has it: wait, or
-    raise InputError(busy). File systems without locks have no owners."""
+    """Hold the lock of a folder, or of a file (made if missing). If it is taken: wait, or raise
+    InputError(busy). Where the file system has no locks: go on without."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, descriptor)
@@ -115,7 +115,7 @@ def is_finished(folder):
 @contextlib.contextmanager
 def session(args, settings, start, total):
     """What is around the loop: gives log(**record), the place for one's own tracker (wandb ...),
-    and the list of signals caught. An error names the checkpoint to go on from."""
+    and the list of signals caught. An error gets a note with the checkpoint to go on from."""
     output, path = args.output, args.output / LOG if distributed.first() else os.devnull
     with contextlib.ExitStack() as stack:
         with distributed.together(), blame(output, "not a folder that can be written to"):
@@ -123,6 +123,8 @@ def session(args, settings, start, total):
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(owned(path, f"{output}: another process is training into this "
                                           "folder; wait for it, or pass another --output"))
+                require(start_step(output, settings, args.resume) == start,
+                        f"{output}: another process has trained into this folder meanwhile")
         caught = stack.enter_context(caught_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         bar = stack.enter_context(tqdm(total=total, initial=start, desc=str(output), unit="step",
                                        disable=not distributed.first() or None))
@@ -133,10 +135,11 @@ def session(args, settings, start, total):
             bar.set_postfix({k: v for k, v in record.items() if k.endswith(("_loss", "_prob"))})
 
         try:
-            if distributed.first() and not start:
-                with filling(output) as scratch:
-                    content = json.dumps(settings, indent=1, default=str) + "\n"
-                    (scratch / "args.json").write_text(content)
+            if distributed.first():
+                with filling(output) as scratch:  # tried on --resume, too
+                    if not start:
+                        content = json.dumps(settings, indent=1, default=str) + "\n"
+                        (scratch / "args.json").write_text(content)
             with open(path, "a" if start else "w", buffering=1) as file:
                 yield log, caught
         except Exception as e:
@@ -179,7 +182,7 @@ def save_checkpoint(state, output, step):
             save_file(tensors, scratch / f"checkpoint-{step:08d}.safetensors", {"about": about})
         for old in checkpoints(output)[1:]:
             old.unlink()
-    distributed.on_all_ranks("saved")  # when one rank ends, torchrun ends the others
+    distributed.on_all_ranks("saved")  # wait for rank 0: when one ends, torchrun ends all
 
 
 @torch.no_grad()
